@@ -1,0 +1,358 @@
+r"""The residual flow: the ladder of heads, from a mean to a spline posterior.
+
+From the base to the label,
+
+.. math:: z = \mathrm{chart}\big( m(c) + s(c) \odot L(c)\, t(\mathrm{splines}(u; c)) \big),
+          \qquad u \sim N(0, I_d).
+
+Splines work on residuals of order one whatever the ratio of posterior width to prior width, because
+location and scale are predicted. ``"affine"`` has no splines and no tail, ``"diagonal"`` also L = 1,
+``"mse"`` also a width that does not depend on the context; each rung contains the one below it.
+
+One matrix product takes the context to all parameters of an event: `ResidualFlow.forward` gives a
+`BoundFlow`, and evaluating or drawing never touches the context again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+from .._checks import check_positive_int
+from ..spaces import Block, Product, Scale, Space
+from .spline import (
+    Conditioner,
+    base_features,
+    condition,
+    groups_of,
+    hidden_init,
+    spline,
+    spline_inverse,
+)
+from .tail import tail, tail_inverse
+
+__all__ = ["BoundFlow", "BoundLayer", "ResidualFlow", "RUNGS"]
+
+RUNGS = ("mse", "diagonal", "affine", "spline")
+_LARGEST_LOG_WIDTH = 14.0
+
+
+@dataclass(frozen=True)
+class BoundLayer:
+    """A spline layer at the context of each event; see `flows.spline.condition` for the shapes."""
+
+    groups: list[list[int]]
+    skip: Tensor
+    hidden: Tensor
+    inner: Tensor
+    outer: Tensor
+    bound: float
+
+    def to_base(self, v: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
+        """Coordinates (..., d) nearer to the base, and ladj (..., d)."""
+        features = base_features(v, blocks)
+        parameters = condition(self.skip, self.hidden, features, self.inner, self.outer)
+        return spline(v, parameters, self.bound)
+
+    def from_base(self, u: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
+        """Inverse of `to_base`, one group after another."""
+        v, ladj = torch.zeros_like(u), torch.zeros_like(u)
+        for group in self.groups:
+            g = torch.tensor(group, device=u.device)
+            parameters = condition(
+                self.skip[..., g, :],
+                self.hidden[..., g, :],
+                base_features(v, blocks),
+                self.inner[g],
+                self.outer[g],
+            )
+            part, part_ladj = spline_inverse(u[..., g], parameters, self.bound)
+            v, ladj = v.index_copy(-1, g, part), ladj.index_copy(-1, g, part_ladj)
+        return v, ladj
+
+
+@dataclass(frozen=True)
+class BoundFlow:
+    """A flow at the context of each event: a bijection between labels and base, nothing to learn.
+
+    Attributes:
+        space: The label space.
+        scale: Whitening of the chart.
+        location: Predicted location, of shape (*batch, location_size).
+        log_width: Predicted log width, of shape (*batch, width_size).
+        lower: Strictly lower triangle of L⁻¹, of shape (*batch, d, d), or None.
+        layers: Spline layers from the label towards the base.
+        tail_bound: Bound of the tail, or None.
+    """
+
+    space: Space
+    scale: Scale
+    location: Tensor
+    log_width: Tensor
+    lower: Tensor | None = None
+    layers: tuple[BoundLayer, ...] = ()
+    tail_bound: float | None = None
+
+    @property
+    def batch_shape(self) -> Size:
+        """Shape of the events."""
+        return self.location.shape[:-1]
+
+    @property
+    def dof(self) -> int:
+        """Base coordinates d."""
+        return self.space.dof
+
+    def _located(self) -> Iterator[tuple[Block, Tensor, Tensor, Scale]]:
+        i = j = 0
+        for b in self.space.blocks:
+            p, q = i + b.space.location_size, j + b.space.width_size
+            scale = Scale(*(t[b.base] for t in self.scale))
+            yield b, self.location[..., i:p], self.log_width[..., j:q], scale
+            i, j = p, q
+
+    def _compact(self, like: Tensor) -> Tensor | None:
+        if not any(b.space.compact for b in self.space.blocks):
+            return None
+        flags = [b.space.compact for b in self.space.blocks for _ in range(b.space.dof)]
+        return torch.tensor(flags, device=like.device)
+
+    def _stretch(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        assert self.tail_bound is not None
+        out, ladj = (tail_inverse if inverse else tail)(v, self.tail_bound)
+        compact = self._compact(v)
+        if compact is None:
+            return out, ladj
+        return torch.where(compact, v, out), ladj.masked_fill(compact, 0.0)
+
+    def to_base(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Base coordinates (*sample, *batch, d) of labels (*sample, *batch, D), and ladj alike."""
+        parts = [
+            b.space.to_residual(z[..., b.columns], location, log_width, scale)
+            for b, location, log_width, scale in self._located()
+        ]
+        v = torch.cat([v for v, _ in parts], -1)
+        ladj = torch.cat([j for _, j in parts], -1)
+        if self.lower is not None:
+            v = v + _matvec(self.lower, v)
+        if self.tail_bound is not None:
+            v, step = self._stretch(v, inverse=True)
+            ladj = ladj + step
+        for layer in self.layers:
+            v, step = layer.to_base(v, self.space.blocks)
+            ladj = ladj + step
+        return v, ladj
+
+    def from_base(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (*sample, *batch, D) of base coordinates, with the ladj of that direction."""
+        ladj = torch.zeros_like(u)
+        for layer in reversed(self.layers):
+            u, step = layer.from_base(u, self.space.blocks)
+            ladj = ladj + step
+        if self.tail_bound is not None:
+            u, step = self._stretch(u, inverse=False)
+            ladj = ladj + step
+        if self.lower is not None:
+            u = _solve(self.lower, u)
+        z: list[Any] = []
+        steps = []
+        for b, location, log_width, scale in self._located():
+            part, step = b.space.from_residual(u[..., b.base], location, log_width, scale)
+            z.append((b.columns.start, part))
+            steps.append(step)
+        labels = torch.cat([part for _, part in sorted(z, key=lambda p: p[0])], -1)
+        return labels, ladj + torch.cat(steps, -1)
+
+    def _map(self, change: Callable[[Tensor, int], Tensor]) -> BoundFlow:
+        """Change the tensors of all events; the int counts their trailing event dimensions."""
+        return replace(
+            self,
+            location=change(self.location, 1),
+            log_width=change(self.log_width, 1),
+            lower=None if self.lower is None else change(self.lower, 2),
+            layers=tuple(
+                replace(s, skip=change(s.skip, 2), hidden=change(s.hidden, 2)) for s in self.layers
+            ),
+        )
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> BoundFlow:
+        """Change every tensor, those that all events share included."""
+        flow = self._map(lambda t, _: change(t))
+        return replace(
+            flow,
+            scale=Scale(*(change(t) for t in self.scale)),
+            layers=tuple(
+                replace(s, inner=change(s.inner), outer=change(s.outer)) for s in flow.layers
+            ),
+        )
+
+    def __getitem__(self, index: Any) -> BoundFlow:
+        """The flow of the events at an index into the batch."""
+        return self._map(lambda t, _: t[index])
+
+    def expand(self, shape: Size) -> BoundFlow:
+        """The flow expanded to another batch shape."""
+        return self._map(lambda t, n: t.expand(*shape, *t.shape[t.ndim - n :]))
+
+    def flatten(self) -> BoundFlow:
+        """The flow with one batch dimension."""
+        return self._map(lambda t, n: t.reshape(-1, *t.shape[t.ndim - n :]))
+
+    def leading(self, count: int) -> BoundFlow:
+        """The exact flow of the first blocks alone, with their labels in the order of the flow."""
+        blocks = self.space.blocks[:count]
+        d = blocks[-1].base.stop
+        f = sum(b.space.feature_size for b in blocks)
+        layers = tuple(
+            replace(
+                s,
+                groups=[g for g in s.groups if g[0] < d],
+                skip=s.skip[..., :d, :],
+                hidden=s.hidden[..., :d, :],
+                inner=s.inner[:d, :f],
+                outer=s.outer[:d],
+            )
+            for s in self.layers
+        )
+        space = blocks[0].space if count == 1 else Product(**{b.name: b.space for b in blocks})
+        return replace(
+            self,
+            space=space,
+            scale=Scale(*(t[:d] for t in self.scale)),
+            location=self.location[..., : sum(b.space.location_size for b in blocks)],
+            log_width=self.log_width[..., : sum(b.space.width_size for b in blocks)],
+            lower=None if self.lower is None else self.lower[..., :d, :d],
+            layers=layers,
+        )
+
+
+def _matvec(lower: Tensor, v: Tensor) -> Tensor:
+    if v.ndim == lower.ndim - 1:
+        return (lower @ v.unsqueeze(-1)).squeeze(-1)
+    return torch.einsum("...ij,...j->...i", lower, v)
+
+
+def _solve(lower: Tensor, t: Tensor) -> Tensor:
+    """Solve (1 + lower) v = t by forward substitution: d small steps for any number of draws."""
+    columns: list[Tensor] = []
+    for i in range(t.shape[-1]):
+        v = t[..., i]
+        for j, earlier in enumerate(columns):
+            v = v - lower[..., i, j] * earlier
+        columns.append(v)
+    return torch.stack(columns, -1)
+
+
+class ResidualFlow(nn.Module):
+    """All parameters of a flow from one matrix product with the context.
+
+    Arguments:
+        space: The label space.
+        context: Features L of the context; 0 for an unconditional density.
+        rung: `"mse"`, `"diagonal"`, `"affine"` or `"spline"`.
+        layers: Spline layers.
+        bins: Bins K of a spline.
+        hidden: Hidden units H of each coordinate's conditioner.
+        coupling: Condition half a block on the other half instead of each coordinate on the
+            earlier ones: faster draws at many labels.
+        bound: Splines are the identity beyond it.
+        tail_bound: The tail begins here.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        context: int,
+        rung: str,
+        *,
+        layers: int,
+        bins: int,
+        hidden: int,
+        coupling: bool = False,
+        bound: float = 5.0,
+        tail_bound: float = 5.0,
+    ) -> None:
+        super().__init__()
+        if rung not in RUNGS:
+            raise ValueError(f"Expected flow as one of {', '.join(RUNGS)}; got {rung!r}.")
+        self.space, self.rung = space, rung
+        self.context = check_positive_int(context, "context", minimum=0)
+        self.bins = check_positive_int(bins, "bins", minimum=2)
+        self.hidden = check_positive_int(hidden, "hidden")
+        self.bound, self.tail_bound = bound, tail_bound
+        d, spline_size = space.dof, 3 * bins - 1
+        count = check_positive_int(layers, "layers") if rung == "spline" else 0
+        self.conditioners = nn.ModuleList(
+            Conditioner(space, groups_of(space, coupling, bool(i % 2)), hidden, spline_size)
+            for i in range(count)
+        )
+        compact = sum(b.space.dof for b in space.blocks if b.space.compact)
+        pairs = [(i, j) for i in range(compact, d) for j in range(i)]
+        self._pairs = pairs if rung in ("affine", "spline") else []
+        self._sections = [space.location_size, space.width_size * (rung != "mse")]
+        self._sections += [len(self._pairs), *[d * spline_size, d * hidden] * count]
+        size = sum(self._sections)
+        self.weight = nn.Parameter(torch.zeros(size, context)) if context else None
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.log_width = nn.Parameter(torch.zeros(space.width_size)) if rung == "mse" else None
+        with torch.no_grad():
+            start = sum(self._sections[:3])
+            for _ in range(count):
+                start += d * spline_size
+                rows = slice(start, start + d * hidden)
+                if self.weight is not None:
+                    hidden_init(self.weight[rows], context)
+                self.bias[rows].uniform_(-1, 1)
+                start += d * hidden
+
+    def forward(self, context: Tensor | None, scale: Scale) -> BoundFlow:
+        """Bind the flow to contexts of shape (*batch, L), or to none."""
+        if self.weight is None or context is None:
+            theta = self.bias.clone()
+            if context is not None:
+                theta = theta.expand(*context.shape[:-1], -1)
+        else:
+            # everything from here on is full precision, also under a user's autocast
+            with torch.autocast(device_type=context.device.type, enabled=False):
+                theta = F.linear(context.to(self.weight.dtype), self.weight, self.bias)
+        location, width, triangle, *rest = theta.split(self._sections, dim=-1)
+        if self.log_width is not None:
+            width = self.log_width.expand(*theta.shape[:-1], -1)
+        log_width = _LARGEST_LOG_WIDTH * torch.tanh(width / _LARGEST_LOG_WIDTH)
+        layers = []
+        for i, module in enumerate(self.conditioners):
+            assert isinstance(module, Conditioner)
+            inner, outer = module.weights()
+            skip = rest[2 * i].unflatten(-1, (self.space.dof, -1))
+            hidden = rest[2 * i + 1].unflatten(-1, (self.space.dof, -1))
+            layers.append(BoundLayer(module.groups, skip, hidden, inner, outer, self.bound))
+        return BoundFlow(
+            self.space,
+            scale,
+            location,
+            log_width,
+            self._triangle(triangle) if self._pairs else None,
+            tuple(layers),
+            self.tail_bound if self.rung == "spline" else None,
+        )
+
+    def _triangle(self, entries: Tensor) -> Tensor:
+        d = self.space.dof
+        lower = entries.new_zeros(*entries.shape[:-1], d * d)
+        index = torch.tensor([i * d + j for i, j in self._pairs], device=entries.device)
+        return lower.index_copy(-1, index, entries).unflatten(-1, (d, d))
+
+    def extra_repr(self) -> str:
+        """Rung and sizes for `print(model)`."""
+        parts = f"{self.rung}, context={self.context}, space={self.space!r}"
+        if self.rung == "spline":
+            parts += f", layers={len(self.conditioners)}, bins={self.bins}, hidden={self.hidden}"
+        return parts

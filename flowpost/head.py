@@ -1,0 +1,275 @@
+r"""PosteriorHead: the one line that replaces an MSE regression head.
+
+Minimising the joint KL divergence between simulation and model is supervised learning with
+
+.. math:: \mathcal{L} = \frac{1}{\sum_i w_i} \sum_i w_i \cdot \big(-\ln q_\phi(z_i|x_i)\big),
+
+which `PosteriorHead.loss` computes. MSE is the special case of a normal with fixed width.
+
+Source: T. Glüsenkamp, *Unifying supervised learning and VAEs – coverage, systematics and
+goodness-of-fit in normalizing-flow based neural network models for astro-particle
+reconstructions*, 2020, https://arxiv.org/abs/2008.05825, eq. 8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import as_tensor, check_finite, check_positive_int, check_shape
+from .flows import ResidualFlow
+from .posterior import Posterior
+from .posterior.base import log_density
+from .spaces import Scale, Space
+
+__all__ = ["PosteriorHead", "PosteriorModel"]
+
+
+class PosteriorHead(nn.Module):
+    """Turns the context vector of any network into a posterior: `head(context) -> Posterior`.
+
+    Arguments:
+        context: Features L of the context; 0 for an unconditional density.
+        space: The label space.
+        flow: The rung of the ladder: `"mse"` (location), `"diagonal"` (and width), `"affine"` (and
+            correlation) or `"spline"` (any shape).
+        layers: Spline layers.
+        bins: Bins K of a spline.
+        hidden: Hidden units of each coordinate's conditioner.
+        coupling: Coupling instead of autoregressive conditioning: fewer sequential steps of a draw
+            where there are many labels.
+        dropout: Share of context features dropped in training.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+
+    Example:
+        >>> import flowpost as fp
+        >>> head = PosteriorHead(16, fp.Product(energy=fp.Positive(), vertex=fp.Real(3)))
+        >>> q = head(torch.zeros(5, 16))
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([4]))
+    """
+
+    unit: Tensor
+    loc: Tensor
+    scale: Tensor
+    fitted: Tensor
+
+    def __init__(
+        self,
+        context: int,
+        space: Space,
+        flow: str = "spline",
+        *,
+        layers: int = 2,
+        bins: int = 16,
+        hidden: int = 64,
+        coupling: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(space, Space):
+            raise ValueError(
+                f"Expected space as a label space; got {space!r}. Try flowpost.Real(2)."
+            )
+        self.space = space
+        self.context = check_positive_int(context, "context", minimum=0)
+        self._options = {
+            "flow": flow,
+            "layers": layers,
+            "bins": bins,
+            "hidden": hidden,
+            "coupling": coupling,
+            "dropout": dropout,
+        }
+        self.flow = ResidualFlow(
+            space, context, flow, layers=layers, bins=bins, hidden=hidden, coupling=coupling
+        )
+        self.dropout = nn.Dropout(dropout)
+        for name, value in space.default_scale()._asdict().items():
+            self.register_buffer(name, value)
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def config(self) -> dict[str, Any]:
+        """JSON description from which the head is built again."""
+        return {"context": self.context, "space": self.space.config(), **self._options}
+
+    def fit_scale(self, z: Any, weight: Any = None) -> PosteriorHead:
+        """Set the whitening of the labels from the training part of the data.
+
+        Call it once before training (`flowpost.fit` does); no gradient flows through it.
+
+        Arguments:
+            z: Labels of shape (N, D).
+            weight: Event weights of shape (N,); their absolute values count.
+
+        Raises:
+            ValueError: If a label is not in the space or there is none.
+        """
+        z = self._columns(as_tensor(z, "labels")).detach().cpu()
+        check_shape(z, ("N", self.space.label_size), "labels")
+        if not len(z):
+            raise ValueError("Expected labels of at least one event; got none.")
+        z = self.space.validate(z)
+        if weight is not None:
+            weight = as_tensor(weight, "weight").detach().cpu().abs().double()
+            check_shape(weight, (len(z),), "weight")
+            check_finite(weight, "weight")
+        fitted = self.space.fit_scale(z, weight)
+        for name, value in fitted._asdict().items():
+            setattr(self, name, value.to(getattr(self, name)))
+        self.fitted = torch.ones_like(self.fitted)
+        return self
+
+    def _columns(self, z: Tensor) -> Tensor:
+        """Labels (N,) of a single column as (N, 1)."""
+        return z.unsqueeze(-1) if self.space.label_size == 1 and z.shape[-1:] != (1,) else z
+
+    def _context(self, context: Any) -> Tensor | None:
+        if context is None:
+            if self.context:
+                raise ValueError(
+                    f"Expected a context of shape (N, {self.context}); got None. Only a head with "
+                    "context=0 is an unconditional density."
+                )
+            return None
+        context = as_tensor(context, "context", like=self.flow.bias)
+        if context.ndim == 0 or context.shape[-1] != self.context:
+            raise ValueError(
+                f"Expected context of shape (N, {self.context}); got {tuple(context.shape)}. Set "
+                "PosteriorHead(context=…) to the width of the encoder's output."
+            )
+        if not torch.compiler.is_compiling():
+            check_finite(
+                context.detach(), "context", "Look for NaN in the inputs or a diverged network."
+            )
+        return self.dropout(context)
+
+    def forward(self, context: Tensor | None, *, validate_args: bool | None = None) -> Posterior:
+        """The posterior of each event.
+
+        Arguments:
+            context: Context of shape (N, L), or None for an unconditional density.
+            validate_args: Whether the posterior checks labels; torch's default where it is None.
+
+        Raises:
+            ValueError: If the context is not finite or has another width.
+        """
+        scale = Scale(self.unit, self.loc, self.scale)
+        return Posterior(self.flow(self._context(context), scale), validate_args=validate_args)
+
+    def loss(
+        self,
+        context: Tensor | None,
+        z: Any,
+        weight: Any = None,
+        mask: Any = None,
+        *,
+        signed_weights: bool = False,
+    ) -> Tensor:
+        """Joint KL in nats: the weighted mean of −ln q(z|x).
+
+        Arguments:
+            context: Context of shape (N, L), or None.
+            z: Labels of shape (N, D).
+            weight: Event weights of shape (N,); the mean is normalised by their sum.
+            mask: True where a label column is known, of shape (N, D). Missing columns are
+                marginalised, which is exact for whole trailing blocks of the flow; others are
+                refused. Their values are not read and may be NaN.
+            signed_weights: Allow negative weights, as of next-to-leading-order generators.
+
+        Raises:
+            ValueError: If labels, weights or mask do not fit.
+        """
+        from .losses import weighted_mean
+
+        return weighted_mean(-self.log_prob(context, z, mask), weight, signed_weights)
+
+    def log_prob(self, context: Tensor | None, z: Any, mask: Any = None) -> Tensor:
+        """Log density of each event's label in nats, of shape (N,); arguments as in `loss`.
+
+        Raises:
+            ValueError: If labels or mask do not fit.
+        """
+        q = self(context)
+        if mask is None:
+            return q.log_prob(z)
+        z = self._columns(as_tensor(z, "labels", like=self.flow.bias)).to(q.device)
+        known = torch.as_tensor(mask, device=z.device)
+        known = self._columns(known)
+        if known.dtype != torch.bool or known.shape != z.shape:
+            raise ValueError(
+                f"Expected mask as booleans of shape {tuple(z.shape)}; got {known.dtype} of shape "
+                f"{tuple(known.shape)}. True is a known label."
+            )
+        terms = self._known_coordinates(known)
+        dummy, _ = q._flow.space.from_plane(torch.zeros_like(self.loc), q._flow.scale)
+        z = q._labels(torch.where(known, z, dummy.to(z)))
+        u, ladj = q._flow.to_base(z)
+        return torch.where(terms, log_density(u, ladj), 0.0).sum(-1)
+
+    def _known_coordinates(self, known: Tensor) -> Tensor:
+        """Base coordinates (N, d) whose density counts; refuses what is not exact."""
+        parts: list[Tensor] = []
+        earlier = known.new_ones(known.shape[:-1])
+        for block in self.space.blocks:
+            columns = known[..., block.columns]
+            whole, none = columns.all(-1), ~columns.any(-1)
+            bad = ~(whole | none) | (whole & ~earlier)
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0, 0])
+                order = ", ".join(repr(b.name) for b in self.space.blocks)
+                raise ValueError(
+                    f"Expected missing labels to be whole trailing blocks of the flow (order: "
+                    f"{order}), for only those are marginalised exactly; row {row} has "
+                    f"{known[row].tolist()}. Declare labels that may be missing last, each under "
+                    "its own name in a Product."
+                )
+            earlier = whole
+            parts.append(whole.unsqueeze(-1).expand(*whole.shape, block.space.dof))
+        return torch.cat(parts, -1)
+
+
+class PosteriorModel(nn.Module):
+    """An encoder and its head.
+
+    Arguments:
+        encoder: Any module that returns (N, L); None where the input is the context itself.
+        head: The head.
+
+    Raises:
+        ValueError: If the head is no `PosteriorHead`.
+    """
+
+    def __init__(self, encoder: nn.Module | None, head: PosteriorHead) -> None:
+        super().__init__()
+        if not isinstance(head, PosteriorHead):
+            raise ValueError(
+                f"Expected head as a PosteriorHead; got {type(head).__name__}. The order is "
+                "PosteriorModel(encoder, head)."
+            )
+        self.encoder = encoder
+        self.head = head
+
+    def encode(self, x: Any) -> Tensor | None:
+        """The context (N, L): tuples and dicts are passed on as the encoder's arguments."""
+        if self.encoder is None:
+            return x if x is None else as_tensor(x, "x", like=self.head.flow.bias)
+        if isinstance(x, (tuple, list)) and not hasattr(x, "batch_sizes"):
+            return self.encoder(*x)
+        if isinstance(x, dict):
+            return self.encoder(**x)
+        return self.encoder(x)
+
+    def forward(self, x: Any) -> Posterior:
+        """The posterior of each event of a batch of inputs x; None for an unconditional density."""
+        return self.head(self.encode(x))
+
+    def loss(
+        self, x: Any, z: Any, weight: Any = None, mask: Any = None, *, signed_weights: bool = False
+    ) -> Tensor:
+        """Joint KL in nats; see `PosteriorHead.loss`."""
+        return self.head.loss(self.encode(x), z, weight, mask, signed_weights=signed_weights)

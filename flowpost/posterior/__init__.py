@@ -1,0 +1,7 @@
+"""Posterior: what a head returns, and the marginals of its blocks."""
+
+from .base import Posterior
+from .block import BlockPosterior
+from .summary import Summary
+
+__all__ = ["BlockPosterior", "Posterior", "Summary"]

@@ -1,0 +1,191 @@
+"""Several labels under one block-triangular flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import as_tensor
+from .base import Block, Scale, Space, indexed, space_from_config
+
+__all__ = ["Product"]
+
+
+class Product(Space):
+    """Several labels under one flow, each with its own chart.
+
+    Label columns stand in the declared order. The base coordinates stand in the order of the flow:
+    compact blocks first, then as declared; each block's density is exact given the earlier ones.
+
+    Arguments:
+        spaces: A space for each name; products may be nested.
+
+    Example:
+        >>> from flowpost.spaces import Positive, Real
+        >>> space = Product(energy=Positive(), vertex=Real(3))
+        >>> space.names
+        ('energy', 'vertex[0]', 'vertex[1]', 'vertex[2]')
+        >>> z = space.pack({"energy": torch.ones(2), "vertex": torch.zeros(2, 3)})
+        >>> z.shape, space.unpack(z)["energy"].shape
+        (torch.Size([2, 4]), torch.Size([2]))
+    """
+
+    def __init__(self, **spaces: Space) -> None:
+        if not spaces:
+            raise ValueError("Expected at least one named space; got none. Try Product(z=Real(1)).")
+        for name, space in spaces.items():
+            if not isinstance(space, Space):
+                raise ValueError(
+                    f"Expected a space for {name!r}; got {type(space).__name__}. Try {name}=Real()."
+                )
+        self.spaces = dict(spaces)
+        self.label_size = sum(s.label_size for s in spaces.values())
+        self.dof = sum(s.dof for s in spaces.values())
+        self._blocks = self._order_blocks()
+
+    def _order_blocks(self) -> tuple[Block, ...]:
+        leaves, start = [], 0
+        for name, space in self.spaces.items():
+            for block in space.blocks:
+                columns = slice(start + block.columns.start, start + block.columns.stop)
+                full = f"{name}.{block.name}" if block.name else name
+                leaves.append((columns, full, block.space))
+            start += space.label_size
+        leaves.sort(key=lambda leaf: (not leaf[2].compact, leaf[0].start))
+        blocks, base = [], 0
+        for columns, full, space in leaves:
+            blocks.append(Block(full, space, columns, slice(base, base + space.dof)))
+            base += space.dof
+        return tuple(blocks)
+
+    @property
+    def location_size(self) -> int:
+        """Location parameters of all blocks."""
+        return sum(s.location_size for s in self.spaces.values())
+
+    @property
+    def width_size(self) -> int:
+        """Log-width parameters of all blocks."""
+        return sum(s.width_size for s in self.spaces.values())
+
+    @property
+    def feature_size(self) -> int:
+        """Features of all blocks."""
+        return sum(s.feature_size for s in self.spaces.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each label column."""
+        names = [""] * self.label_size
+        for block in self.blocks:
+            names[block.columns] = indexed(block.name, block.space.label_size)
+        return tuple(names)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The leaves in the order of the flow."""
+        return self._blocks
+
+    def pack(self, labels: Mapping[str, Any]) -> Tensor:
+        """Concatenate labels (...,) or (..., k) by name into columns (..., D).
+
+        Raises:
+            ValueError: If a name is missing or unknown, or a shape does not fit.
+        """
+        if set(labels) != set(self.spaces):
+            raise ValueError(
+                f"Expected labels named {', '.join(self.spaces)}; got {', '.join(labels)}."
+            )
+        parts: list[Tensor] = []
+        for name, space in self.spaces.items():
+            if isinstance(space, Product) and isinstance(labels[name], Mapping):
+                part = space.pack(labels[name])
+            else:
+                part = as_tensor(labels[name], name)
+                if space.label_size == 1 and (
+                    part.ndim == 0 or part.shape[-1] != 1 or (parts and part.ndim < parts[0].ndim)
+                ):
+                    part = part.unsqueeze(-1)
+            if part.shape[-1] != space.label_size:
+                raise ValueError(
+                    f"Expected {name} of shape (..., {space.label_size}) for {space!r}; got "
+                    f"{tuple(part.shape)}."
+                )
+            if parts and part.shape[:-1] != parts[0].shape[:-1]:
+                raise ValueError(
+                    f"Expected as many labels of every name; got {name} of shape "
+                    f"{tuple(part.shape)} beside {tuple(parts[0].shape)}."
+                )
+            parts.append(part)
+        return torch.cat(parts, dim=-1)
+
+    def unpack(self, z: Tensor) -> dict[str, Any]:
+        """Split columns (..., D) by name: (...,) for scalars, (..., k) for vectors.
+
+        Raises:
+            ValueError: If the number of columns is wrong.
+        """
+        if z.ndim == 0 or z.shape[-1] != self.label_size:
+            raise ValueError(
+                f"Expected labels of shape (..., {self.label_size}) for {self!r}; got "
+                f"{tuple(z.shape)}."
+            )
+        parts = z.split([s.label_size for s in self.spaces.values()], dim=-1)
+        named: dict[str, Any] = {}
+        for (name, space), part in zip(self.spaces.items(), parts, strict=True):
+            if isinstance(space, Product):
+                named[name] = space.unpack(part)
+            else:
+                named[name] = part.squeeze(-1) if space.label_size == 1 else part
+        return named
+
+    def _scales(self, scale: Scale) -> list[tuple[Block, Scale]]:
+        return [(b, Scale(*(t[..., b.base] for t in scale))) for b in self.blocks]
+
+    def to_plane(self, z: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+        """Chart each block."""
+        parts = [b.space.to_plane(z[..., b.columns], s) for b, s in self._scales(scale)]
+        r, ladj = zip(*parts, strict=True)
+        return torch.cat(r, -1), torch.cat(ladj, -1)
+
+    def from_plane(self, r: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+        """Labels of each block, in the declared order of columns."""
+        parts = [b.space.from_plane(r[..., b.base], s) for b, s in self._scales(scale)]
+        labels = sorted(zip(self.blocks, parts, strict=True), key=lambda p: p[0].columns.start)
+        return torch.cat([z for _, (z, _) in labels], -1), torch.cat([j for _, j in parts], -1)
+
+    def contains(self, z: Tensor) -> Tensor:
+        """Whether every block's label lies in its space."""
+        return torch.stack([b.space.contains(z[..., b.columns]) for b in self.blocks]).all(0)
+
+    def fit_scale(self, z: Tensor, weight: Tensor | None = None) -> Scale:
+        """Whitening of every block, in base order."""
+        scales = [b.space.fit_scale(z[..., b.columns], weight) for b in self.blocks]
+        return Scale(*(torch.cat(parts) for parts in zip(*scales, strict=True)))
+
+    def config(self) -> dict[str, Any]:
+        """JSON description."""
+        return {"type": "Product", "spaces": [[k, s.config()] for k, s in self.spaces.items()]}
+
+    @classmethod
+    def _build(cls, options: dict[str, Any]) -> Space:
+        return cls(**{name: space_from_config(config) for name, config in options["spaces"]})
+
+    def _by_column(self, parts: list[Tensor]) -> Tensor:
+        pairs = sorted(zip(self.blocks, parts, strict=True), key=lambda p: p[0].columns.start)
+        return torch.cat([p for _, p in pairs], -1)
+
+    def _inside(self, z: Tensor) -> Tensor:
+        return self._by_column([b.space._inside(z[..., b.columns]) for b in self.blocks])
+
+    def _clip(self, z: Tensor) -> Tensor:
+        return self._by_column([b.space._clip(z[..., b.columns]) for b in self.blocks])
+
+    def _requirement(self) -> str:
+        return "labels of " + repr(self)
+
+    def __repr__(self) -> str:
+        return "Product(" + ", ".join(f"{k}={s!r}" for k, s in self.spaces.items()) + ")"

@@ -1,0 +1,226 @@
+"""fit: training on Lightning, with what a calibrated posterior needs by default."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import check_positive_int, require
+from ..head import PosteriorHead, PosteriorModel
+from .data import Batch, loader, sample_of, split
+from .history import Epoch, History
+from .module import Schedule, module_class, one_cycle
+
+__all__ = ["fit"]
+
+
+def fit(
+    model: PosteriorModel,
+    train: Any,
+    val: Any = 0.1,
+    *,
+    epochs: int = 100,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    seed: int = 0,
+    weight_decay: float = 0.1,
+    schedule: str | Schedule | None = "one-cycle",
+    patience: int | None = None,
+    gradient_clip: float | None = 5.0,
+    signed_weights: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    precision: Any = "32-true",
+    logger: Any = None,
+    callbacks: Sequence[Any] = (),
+    workers: int = 0,
+    progress: bool = True,
+    trainer: Any = None,
+) -> History:
+    """Train a model by the joint KL, and leave it with the weights of its best validation epoch.
+
+    The model is left in evaluation mode. Labels and inputs are scaled by the training part, unless they were before. The same seed gives
+    the same weights twice on the same machine, also where a run was stopped and resumed.
+
+    Arguments:
+        model: Encoder and head.
+        train: Tensors `(x, z)`, `(x, z, weight)` or `(x, z, weight, mask)`, labels alone for an
+            unconditional density, a dict of those names, a `Dataset` or a `DataLoader` of such
+            events. x has shape (N, …) and may be a tuple or dict of tensors, the arguments of the
+            encoder; z has shape (N, D), weight (N,), mask (N, D).
+        val: A fraction of the events, or data as `train`.
+        epochs: Passes over the training part.
+        batch_size: Events of a step; a `DataLoader` has its own.
+        lr: Peak learning rate.
+        seed: Of the division, the order of events and all random numbers of the training.
+        weight_decay: Decay of weight matrices (AdamW).
+        schedule: `"one-cycle"`, None for a constant rate, or a function of (optimizer, steps).
+        patience: Epochs without a better validation loss after which to stop; None trains on.
+        gradient_clip: Largest norm of a step's gradient, or None.
+        signed_weights: Allow negative event weights.
+        checkpoint: A file that holds the state after each epoch; if it exists the run goes on from
+            there.
+        precision: As Lightning's, for example `"16-mixed"` or `"bf16-mixed"`.
+        logger: A Lightning logger.
+        callbacks: Lightning callbacks.
+        workers: Processes that load a `Dataset`.
+        progress: Show a progress bar.
+        trainer: A Lightning `Trainer` of your own, in place of all options from `gradient_clip` on.
+
+    Returns:
+        NLL and coverage of every epoch.
+
+    Raises:
+        ValueError: If the data do not fit the model, are not finite or empty.
+        ImportError: If Lightning is not installed.
+    """
+    if not isinstance(model, PosteriorModel):
+        hint = "PosteriorModel(None, head)" if isinstance(model, PosteriorHead) else "fp.Posterior"
+        raise ValueError(
+            f"Expected a PosteriorModel; got {type(model).__name__}. Wrap it: {hint}"
+            + ("." if isinstance(model, PosteriorHead) else "Model(encoder, head).")
+        )
+    require("lightning.pytorch", "train")
+    check_positive_int(epochs, "epochs")
+    check_positive_int(batch_size, "batch_size")
+    train, val = split(train, val, seed)
+    batches = loader(train, batch_size, seed, shuffle=True, workers=workers)
+    held = loader(val, max(batch_size, 1024), seed, shuffle=False, workers=workers)
+    _fit_scales(model, train, batches)
+    module = module_class()(model, lr, weight_decay, _schedule(schedule), seed, signed_weights)
+    home = next(model.parameters()).device
+    with _forked(), _quiet():
+        if trainer is None:
+            trainer = _trainer(
+                epochs, patience, gradient_clip, checkpoint, precision, logger, callbacks, progress
+            )
+        resume = checkpoint if checkpoint is not None and Path(checkpoint).exists() else None
+        torch.manual_seed(seed)
+        try:
+            options = {"ckpt_path": str(resume), "weights_only": True} if resume else {}
+            trainer.fit(module, batches, held, **options)
+        finally:
+            module.restore_best()
+            model.to(home).eval()
+    if not module.rows:
+        raise ValueError(
+            "Expected at least one epoch with a validation; got none. Look at the Trainer's limits."
+        )
+    rows = tuple(Epoch(**row) for row in module.rows)
+    best = next(r for r in rows if r.epoch == module.best_epoch)
+    return History(rows, best, stopped_early=len(rows) < (trainer.max_epochs or 0))
+
+
+def _schedule(schedule: str | Schedule | None) -> Schedule | None:
+    if schedule is None or callable(schedule):
+        return schedule
+    if schedule == "one-cycle":
+        return one_cycle
+    raise ValueError(
+        f"Expected schedule as 'one-cycle', None or a function of (optimizer, steps); got "
+        f"{schedule!r}."
+    )
+
+
+def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
+    encoder = model.encoder
+    wanted = callable(getattr(encoder, "fit_scale", None)) and not getattr(encoder, "fitted", False)
+    if bool(model.head.fitted) and not wanted:
+        return
+    batch: Batch = sample_of(train, batches)
+    if not bool(model.head.fitted):
+        z, weight = batch.z, batch.weight
+        if batch.mask is not None:
+            # whiten a column by the events that have it
+            known = torch.as_tensor(batch.mask).reshape(len(z), -1).all(-1)
+            if not bool(known.any()):
+                raise ValueError(
+                    "Expected at least one event with all labels; every one is masked."
+                )
+            z, weight = z[known], None if weight is None else weight[known]
+        model.head.fit_scale(z, weight)
+    if wanted:
+        x = batch.x
+        if isinstance(x, dict):
+            encoder.fit_scale(**x)  # type: ignore[union-attr, operator]
+        elif isinstance(x, (tuple, list)) and not hasattr(x, "batch_sizes"):
+            encoder.fit_scale(*x)  # type: ignore[union-attr, operator]
+        else:
+            encoder.fit_scale(x)  # type: ignore[union-attr, operator]
+
+
+def _trainer(
+    epochs: int,
+    patience: int | None,
+    gradient_clip: float | None,
+    checkpoint: str | os.PathLike[str] | None,
+    precision: Any,
+    logger: Any,
+    callbacks: Sequence[Any],
+    progress: bool,
+) -> Any:
+    lightning = require("lightning.pytorch", "train")
+    own: list[Any] = list(callbacks)
+    if patience is not None:
+        own.append(lightning.callbacks.EarlyStopping("val_nll", patience=patience))
+    if checkpoint is not None:
+        own.append(_keep_state(lightning, Path(checkpoint)))
+    return lightning.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        callbacks=own,
+        logger=logger if logger is not None else False,
+        gradient_clip_val=gradient_clip,
+        precision=precision,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, lightning.callbacks.ModelCheckpoint) for c in own),
+        num_sanity_val_steps=0,
+        log_every_n_steps=1 if logger is not None else 50,
+    )
+
+
+def _keep_state(lightning: Any, path: Path) -> Any:
+    class KeepState(lightning.Callback):  # type: ignore[name-defined]
+        """Write the whole state after each epoch; an interruption leaves the last one whole."""
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            trainer.save_checkpoint(partial)
+            os.replace(partial, path)
+
+    return KeepState()
+
+
+@contextmanager
+def _forked() -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advertisements and known remarks out of the user's output."""
+    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*treespec.*")
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")
+            warnings.filterwarnings("ignore", ".*number of training batches.*")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)

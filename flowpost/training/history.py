@@ -1,0 +1,76 @@
+"""What a training did, epoch by epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Epoch", "History"]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Numbers of one epoch.
+
+    Attributes:
+        epoch: Count from 1.
+        train_nll: Mean −ln q over the training batches as they were seen, in nats.
+        val_nll: Mean −ln q of the validation events, in nats.
+        coverage50: Share of validation events within the base-ordered 50 % region.
+        coverage68: Within the 68.27 % region.
+        coverage90: Within the 90 % region.
+        ks_pvalue: Kolmogorov–Smirnov p-value of the base χ² of the validation events.
+        lr: Learning rate at the end of the epoch.
+        seconds: Wall-clock time since the start, resumed parts included.
+    """
+
+    epoch: int
+    train_nll: float
+    val_nll: float
+    coverage50: float
+    coverage68: float
+    coverage90: float
+    ks_pvalue: float
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """The epochs of a training and which one's weights were kept.
+
+    Attributes:
+        epochs: Numbers of each epoch.
+        best: The epoch whose weights the model has.
+        stopped_early: Whether the validation loss had stopped improving.
+    """
+
+    epochs: tuple[Epoch, ...]
+    best: Epoch
+    stopped_early: bool
+
+    def __getitem__(self, name: str) -> list[float]:
+        """One number of all epochs, by the name of its field.
+
+        Raises:
+            ValueError: If there is no such number.
+        """
+        known = [f.name for f in fields(Epoch)]
+        if name not in known:
+            raise ValueError(f"Expected one of {', '.join(known)}; got {name!r}.")
+        return [getattr(e, name) for e in self.epochs]
+
+    def __str__(self) -> str:
+        b = self.best
+        end = "stopped early" if self.stopped_early else "complete"
+        return (
+            f"{len(self.epochs)} epochs in {self.epochs[-1].seconds:.1f} s, {end}; kept epoch "
+            f"{b.epoch}: validation NLL {b.val_nll:.4f} nats, coverage {100 * b.coverage68:.1f} % "
+            f"of 68.3 %, {100 * b.coverage90:.1f} % of 90 %, KS p = {b.ks_pvalue:.3g}"
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """NLL and coverage against epoch; see `flowpost.plots.plot_history`."""
+        from ..plots import plot_history
+
+        return plot_history(self, ax)

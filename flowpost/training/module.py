@@ -1,0 +1,185 @@
+"""The Lightning module around a posterior model: losses, best weights, coverage of each epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import require
+from ..diagnostics import ks_uniform
+from ..head import PosteriorModel
+from .data import to_batch
+from .history import Epoch
+
+__all__ = ["Schedule", "module_class"]
+
+Schedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm up over a fifth of the steps, then anneal to nothing.
+
+    Source: *Super-Convergence*, L. N. Smith, N. Topin, 2017, https://arxiv.org/abs/1708.07120.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peaks, total_steps=max(2, steps), pct_start=0.2, cycle_momentum=False
+    )
+
+
+def module_class() -> type:
+    """The LightningModule, defined on first use because Lightning is an extra."""
+    lightning = require("lightning.pytorch", "train")
+
+    class Training(lightning.LightningModule):  # type: ignore[name-defined]
+        """Joint-KL training of a model; keeps the weights of the best validation epoch."""
+
+        def __init__(
+            self,
+            model: PosteriorModel,
+            lr: float,
+            weight_decay: float,
+            schedule: Schedule | None,
+            seed: int,
+            signed_weights: bool,
+        ) -> None:
+            super().__init__()
+            self.model = model
+            self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
+            self.seed, self.signed_weights = seed, signed_weights
+            self.rows: list[dict[str, float]] = []
+            self.best_nll = math.inf
+            self.best_epoch = 0
+            self.best_state: dict[str, Tensor] | None = None
+            self._before = 0.0
+            self._start = time.monotonic()
+            self._sums = {"train": [0.0, 0.0], "val": [0.0, 0.0]}
+            self._base: list[Tensor] = []
+
+        def configure_optimizers(self) -> Any:
+            """AdamW, decaying matrices only, with the schedule stepped each batch."""
+            learned = [p for p in self.parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for p in learned if p.ndim > 1], "weight_decay": self.weight_decay},
+                {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr)
+            if self.schedule is None:
+                return optimizer
+            steps = self.trainer.estimated_stepping_batches
+            if not math.isfinite(steps):
+                raise ValueError(
+                    "Expected a finite number of epochs and batches for the learning-rate "
+                    "schedule; got no end. Set epochs, or schedule=None."
+                )
+            scheduler = self.schedule(optimizer, int(steps))
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+        def on_train_epoch_start(self) -> None:
+            """Start the random numbers of the epoch, so that a resumed run repeats them."""
+            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+            self._sums["train"] = [0.0, 0.0]
+
+        def _add(self, part: str, log_prob: Tensor, weight: Any) -> None:
+            w = torch.ones_like(log_prob) if weight is None else weight.to(log_prob).reshape(-1)
+            sums = self._sums[part]
+            sums[0] -= float((w * log_prob).double().sum())
+            sums[1] += float(w.double().sum())
+
+        def training_step(self, data: Any, index: int) -> Tensor:
+            """Joint KL of a batch."""
+            from ..losses import weighted_mean
+
+            batch = to_batch(data)
+            log_prob = self.model.head.log_prob(self.model.encode(batch.x), batch.z, batch.mask)
+            self._add("train", log_prob.detach(), batch.weight)
+            loss = weighted_mean(-log_prob, batch.weight, self.signed_weights)
+            self.log("train_nll", loss.detach(), prog_bar=True, batch_size=len(log_prob))
+            return loss
+
+        def on_validation_epoch_start(self) -> None:
+            """Forget the sums of the last validation."""
+            self._sums["val"], self._base = [0.0, 0.0], []
+
+        def validation_step(self, data: Any, index: int) -> None:
+            """Log density and base coordinates of a batch."""
+            batch = to_batch(data)
+            context = self.model.encode(batch.x)
+            if batch.mask is None:
+                u, log_prob = self.model.head(context).to_base_and_log_prob(batch.z)
+                self._base.append(u.detach().cpu())
+            else:
+                log_prob = self.model.head.log_prob(context, batch.z, batch.mask)
+            self._add("val", log_prob, batch.weight)
+
+        def on_validation_epoch_end(self) -> None:
+            """Log the validation and keep the weights if it is the best so far."""
+            if self.trainer.sanity_checking:
+                return
+            nll, total = self._sums["val"]
+            nll = nll / total if total else math.nan
+            self.log("val_nll", nll, prog_bar=True)
+            levels = torch.zeros(0)
+            if self._base:
+                u = torch.cat(self._base).double()
+                half = u.new_tensor(u.shape[-1] / 2)
+                levels = torch.special.gammainc(half, u.square().sum(-1) / 2)
+
+            def within(level: float) -> float:
+                return float((levels <= level).double().mean()) if len(levels) else math.nan
+
+            ks = ks_uniform(levels)[1] if len(levels) else math.nan
+            seen, weight = self._sums["train"]
+            row = Epoch(
+                epoch=self.current_epoch + 1,
+                train_nll=seen / weight if weight else math.nan,
+                val_nll=nll,
+                coverage50=within(0.5),
+                coverage68=within(0.682689),
+                coverage90=within(0.9),
+                ks_pvalue=float(ks),
+                lr=float(self.optimizers().param_groups[0]["lr"]),
+                seconds=self._before + time.monotonic() - self._start,
+            )
+            self.log_dict({"coverage68": row.coverage68, "coverage90": row.coverage90}, logger=True)
+            self.rows.append(asdict(row))
+            if nll < self.best_nll or self.best_state is None:
+                self.best_nll, self.best_epoch = nll, row.epoch
+                self.best_state = {
+                    k: v.detach().clone() for k, v in self.model.state_dict().items()
+                }
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            """Keep history and best weights beside the last ones."""
+            checkpoint["flowpost"] = {
+                "rows": self.rows,
+                "best_nll": self.best_nll,
+                "best_epoch": self.best_epoch,
+                "best_state": self.best_state,
+            }
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            """Take up history and best weights."""
+            kept = checkpoint.get("flowpost")
+            if kept is None:
+                raise ValueError(
+                    "Expected a checkpoint of flowpost.fit; got one without its history. Remove "
+                    "the file or name another."
+                )
+            self.rows = list(kept["rows"])
+            self.best_nll, self.best_epoch = kept["best_nll"], kept["best_epoch"]
+            self.best_state = kept["best_state"]
+            self._before = self.rows[-1]["seconds"] if self.rows else 0.0
+
+        def restore_best(self) -> None:
+            """Put the best weights into the model."""
+            if self.best_state is not None:
+                self.model.load_state_dict(self.best_state)
+
+    return Training
