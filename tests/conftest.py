@@ -7,6 +7,7 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
+torch.set_num_threads(1)
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -1,0 +1,45 @@
+"""Is the posterior calibrated, and how much does it say?
+
+`coverage` needs only the base coordinates of the true labels, one forward pass; `hpd_coverage`,
+`sbc` and `tarp` ask the same of regions and scalars of the label space, with draws. All of them
+are necessary, not sufficient: `sharpness` belongs beside them.
+"""
+
+from __future__ import annotations
+
+from flowpost.diagnostics.accumulator import CoverageAccumulator
+from flowpost.diagnostics.coverage import coverage, level_coverage
+from flowpost.diagnostics.hpd import hpd_coverage, hpd_levels
+from flowpost.diagnostics.levels import LevelAccumulator
+from flowpost.diagnostics.nulls import (
+    anderson_darling_pvalue,
+    anderson_darling_uniform,
+    ks_pvalue,
+    ks_uniform,
+)
+from flowpost.diagnostics.results import Coverage, LevelCoverage
+from flowpost.diagnostics.sbc import SBC, sbc, sbc_ranks
+from flowpost.diagnostics.sharpness import Sharpness, sharpness
+from flowpost.diagnostics.tarp import tarp, tarp_levels
+
+__all__ = [
+    "Coverage",
+    "CoverageAccumulator",
+    "LevelAccumulator",
+    "LevelCoverage",
+    "SBC",
+    "Sharpness",
+    "anderson_darling_pvalue",
+    "anderson_darling_uniform",
+    "coverage",
+    "hpd_coverage",
+    "hpd_levels",
+    "ks_pvalue",
+    "ks_uniform",
+    "level_coverage",
+    "sbc",
+    "sbc_ranks",
+    "sharpness",
+    "tarp",
+    "tarp_levels",
+]
