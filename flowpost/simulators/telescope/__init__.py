@@ -1,0 +1,8 @@
+"""A two-dimensional neutrino telescope: events as images or hit lists, with exact posteriors."""
+
+from __future__ import annotations
+
+from .model import Telescope, TelescopeEvents
+from .posterior import TelescopePosterior
+
+__all__ = ["Telescope", "TelescopeEvents", "TelescopePosterior"]
