@@ -1,0 +1,22 @@
+"""Results drawn: every function takes and returns matplotlib axes, imported when it draws."""
+
+from __future__ import annotations
+
+from flowpost.plots.corner import plot_corner
+from flowpost.plots.coverage import plot_coverage, plot_pulls, plot_ranks
+from flowpost.plots.gallery import plot_gallery
+from flowpost.plots.history import plot_history
+from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
+
+__all__ = [
+    "Region",
+    "draws_region",
+    "grid_region",
+    "mass_threshold",
+    "plot_corner",
+    "plot_coverage",
+    "plot_gallery",
+    "plot_history",
+    "plot_pulls",
+    "plot_ranks",
+]
