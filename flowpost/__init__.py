@@ -1,3 +1,28 @@
 """flowpost: replace the MSE regression head of a network by a calibrated posterior."""
 
+from . import diagnostics, encoders, losses, simulators
+from .diagnostics import coverage
+from .head import PosteriorHead, PosteriorModel
+from .io import load, save
+from .posterior import Posterior
+from .spaces import Interval, Positive, Product, Real
+from .training import fit
+
 __version__ = "0.1.0"
+__all__ = [
+    "Interval",
+    "Positive",
+    "Posterior",
+    "PosteriorHead",
+    "PosteriorModel",
+    "Product",
+    "Real",
+    "coverage",
+    "diagnostics",
+    "encoders",
+    "fit",
+    "load",
+    "losses",
+    "save",
+    "simulators",
+]

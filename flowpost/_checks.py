@@ -25,7 +25,13 @@ def as_tensor(value: Any, name: str, like: Tensor | None = None) -> Tensor:
         ValueError: If `value` cannot be read as real numbers.
     """
     try:
-        tensor = torch.as_tensor(value, device=None if like is None else like.device)
+        array = isinstance(value, torch.Tensor) or hasattr(value, "__array__")
+        # Python's numbers are double
+        tensor = torch.as_tensor(
+            value,
+            dtype=None if array else torch.float64,
+            device=None if like is None else like.device,
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"Expected {name} as a tensor or array of numbers; got {type(value).__name__}. "

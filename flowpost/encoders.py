@@ -47,7 +47,10 @@ class Squash(nn.Module):
     def fit(self, x: Tensor) -> None:
         """Set median and central width of each feature from rows (M, F); NaN is left out."""
         rows = (
-            x[torch.linspace(0, len(x) - 1, min(len(x), _FIT_ROWS)).long()].detach().cpu().double()
+            x[torch.linspace(0, len(x) - 1, min(len(x), _FIT_ROWS), dtype=torch.float64).long()]
+            .detach()
+            .cpu()
+            .double()
         )
         rows = torch.where(torch.isfinite(rows), rows, torch.nan)
         levels = rows.new_tensor([0.158655, 0.5, 0.841345])
@@ -83,10 +86,6 @@ class Encoder(nn.Module):
     def fitted(self) -> bool:
         """Whether the standardisation has been set."""
         return all(bool(m.fitted) for m in self.modules() if isinstance(m, Squash))
-
-    def fit_scale(self, *inputs: Any) -> Encoder:
-        """Set the standardisation of the inputs from the training part of the data."""
-        raise NotImplementedError
 
 
 def _mlp(sizes: list[int], dropout: float) -> nn.Sequential:
@@ -139,9 +138,9 @@ class Tabular(Encoder):
         self.skip = nn.Linear(inputs, check_positive_int(context, "context"))
         self.net = _mlp([inputs, *[hidden] * layers, context], dropout)
 
-    def fit_scale(self, *inputs: Any) -> Tabular:
+    def fit_scale(self, x: Any) -> Tabular:
         """Set the standardisation from inputs (N, F)."""
-        self.squash.fit(self._columns(inputs[0]))
+        self.squash.fit(self._columns(x))
         return self
 
     def _columns(self, x: Any) -> Tensor:
@@ -194,9 +193,9 @@ class CNN(Encoder):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(16 * size, check_positive_int(context, "context"))
 
-    def fit_scale(self, *inputs: Any) -> CNN:
+    def fit_scale(self, x: Any) -> CNN:
         """Set the standardisation of each channel from images (N, C, H, W)."""
-        x = self._images(inputs[0])
+        x = self._images(x)
         self.squash.fit(x.movedim(1, -1).reshape(-1, self.channels))
         return self
 
@@ -239,7 +238,7 @@ class _Sequences(Encoder):
     squash: Squash
 
     def _elements(self, x: Any, lengths: Any, mask: Any) -> tuple[Tensor, Tensor]:
-        x = as_tensor(x, "x", like=self.squash.loc)
+        x = as_tensor(x, "x", like=self.squash.loc).to(self.squash.loc.dtype)
         check_shape(x, ("N", "M", self.features), "x", "Pad the events to one length.")
         known = _element_mask(x, lengths, mask)
         x = torch.where(known.unsqueeze(-1), x, 0.0)
@@ -247,13 +246,12 @@ class _Sequences(Encoder):
             check_finite(x, "x")
         return x, known
 
-    def fit_scale(self, *inputs: Any) -> _Sequences:
+    def fit_scale(self, x: Any, lengths: Any = None, mask: Any = None) -> _Sequences:
         """Set the standardisation from the elements of events; arguments as in `forward`."""
-        first = inputs[0]
-        if isinstance(first, PackedSequence):
-            self.squash.fit(first.data)
+        if isinstance(x, PackedSequence):
+            self.squash.fit(x.data)
         else:
-            x, known = self._elements(*inputs, *[None] * (3 - len(inputs)))
+            x, known = self._elements(x, lengths, mask)
             if bool(known.any()):
                 self.squash.fit(x[known])
         return self

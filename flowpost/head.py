@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import as_tensor, check_finite, check_positive_int, check_shape
+from ._weights import check_weights, weighted_mean
 from .flows import ResidualFlow
 from .posterior import Posterior
 from .posterior.base import log_density
@@ -40,7 +41,7 @@ class PosteriorHead(nn.Module):
         hidden: Hidden units of each coordinate's conditioner.
         coupling: Coupling instead of autoregressive conditioning: fewer sequential steps of a draw
             where there are many labels.
-        dropout: Share of context features dropped in training.
+        dropout: Share of conditioner units dropped in training.
 
     Raises:
         ValueError: If an option is unknown or out of range.
@@ -65,10 +66,10 @@ class PosteriorHead(nn.Module):
         flow: str = "spline",
         *,
         layers: int = 2,
-        bins: int = 16,
+        bins: int = 8,
         hidden: int = 64,
         coupling: bool = False,
-        dropout: float = 0.0,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         if not isinstance(space, Space):
@@ -86,9 +87,15 @@ class PosteriorHead(nn.Module):
             "dropout": dropout,
         }
         self.flow = ResidualFlow(
-            space, context, flow, layers=layers, bins=bins, hidden=hidden, coupling=coupling
+            space,
+            context,
+            flow,
+            layers=layers,
+            bins=bins,
+            hidden=hidden,
+            coupling=coupling,
+            dropout=dropout,
         )
-        self.dropout = nn.Dropout(dropout)
         for name, value in space.default_scale()._asdict().items():
             self.register_buffer(name, value)
         self.register_buffer("fitted", torch.tensor(False))
@@ -115,10 +122,18 @@ class PosteriorHead(nn.Module):
             raise ValueError("Expected labels of at least one event; got none.")
         z = self.space.validate(z)
         if weight is not None:
-            weight = as_tensor(weight, "weight").detach().cpu().abs().double()
-            check_shape(weight, (len(z),), "weight")
-            check_finite(weight, "weight")
+            weight = as_tensor(weight, "weight").detach().cpu().double().abs()
+            weight = check_weights(weight, z[:, 0].double())
+            if not bool(weight.sum() > 0):
+                raise ValueError("Expected weights with a positive sum; all are 0.")
         fitted = self.space.fit_scale(z, weight)
+        for name, value in fitted._asdict().items():
+            check_finite(value.to(self.scale.dtype), f"{name} of the labels", "Change their units.")
+        if not bool((fitted.unit.to(self.scale.dtype) > 0).all()):
+            raise ValueError(
+                f"Expected labels in units that {self.scale.dtype} can hold; got labels of about "
+                f"{fitted.unit.min().item():g}. Change their units."
+            )
         for name, value in fitted._asdict().items():
             setattr(self, name, value.to(getattr(self, name)))
         self.fitted = torch.ones_like(self.fitted)
@@ -146,19 +161,19 @@ class PosteriorHead(nn.Module):
             check_finite(
                 context.detach(), "context", "Look for NaN in the inputs or a diverged network."
             )
-        return self.dropout(context)
+        return context
 
-    def forward(self, context: Tensor | None, *, validate_args: bool | None = None) -> Posterior:
+    def forward(self, context: Tensor | None, *, validate_args: bool = True) -> Posterior:
         """The posterior of each event.
 
         Arguments:
             context: Context of shape (N, L), or None for an unconditional density.
-            validate_args: Whether the posterior checks labels; torch's default where it is None.
+            validate_args: Whether the posterior checks labels.
 
         Raises:
             ValueError: If the context is not finite or has another width.
         """
-        scale = Scale(self.unit, self.loc, self.scale)
+        scale = Scale(self.unit.clone(), self.loc.clone(), self.scale.clone())
         return Posterior(self.flow(self._context(context), scale), validate_args=validate_args)
 
     def loss(
@@ -184,8 +199,6 @@ class PosteriorHead(nn.Module):
         Raises:
             ValueError: If labels, weights or mask do not fit.
         """
-        from .losses import weighted_mean
-
         return weighted_mean(-self.log_prob(context, z, mask), weight, signed_weights)
 
     def log_prob(self, context: Tensor | None, z: Any, mask: Any = None) -> Tensor:

@@ -5,9 +5,9 @@ From the base to the label,
 .. math:: z = \mathrm{chart}\big( m(c) + s(c) \odot L(c)\, t(\mathrm{splines}(u; c)) \big),
           \qquad u \sim N(0, I_d).
 
-Splines work on residuals of order one whatever the ratio of posterior width to prior width, because
-location and scale are predicted. ``"affine"`` has no splines and no tail, ``"diagonal"`` also L = 1,
-``"mse"`` also a width that does not depend on the context; each rung contains the one below it.
+Splines work on residuals of order one whatever the ratio of posterior width to prior width, for
+location and scale are predicted. ``"affine"`` has no splines and no tail, ``"diagonal"`` also L = 1
+and ``"mse"`` a width that does not depend on the context; each rung contains the one below it.
 
 One matrix product takes the context to all parameters of an event: `ResidualFlow.forward` gives a
 `BoundFlow`, and evaluating or drawing never touches the context again.
@@ -52,11 +52,12 @@ class BoundLayer:
     inner: Tensor
     outer: Tensor
     bound: float
+    keep: Tensor | None = None
 
     def to_base(self, v: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
         """Coordinates (..., d) nearer to the base, and ladj (..., d)."""
         features = base_features(v, blocks)
-        parameters = condition(self.skip, self.hidden, features, self.inner, self.outer)
+        parameters = condition(self.skip, self.hidden, features, self.inner, self.outer, self.keep)
         return spline(v, parameters, self.bound)
 
     def from_base(self, u: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,7 @@ class BoundLayer:
                 base_features(v, blocks),
                 self.inner[g],
                 self.outer[g],
+                None if self.keep is None else self.keep[..., g, :],
             )
             part, part_ladj = spline_inverse(u[..., g], parameters, self.bound)
             v, ladj = v.index_copy(-1, g, part), ladj.index_copy(-1, g, part_ladj)
@@ -132,6 +134,11 @@ class BoundFlow:
 
     def to_base(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Base coordinates (*sample, *batch, d) of labels (*sample, *batch, D), and ladj alike."""
+        # full precision also under a user's autocast
+        with torch.autocast(device_type=z.device.type, enabled=False):
+            return self._to_base(z)
+
+    def _to_base(self, z: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
             b.space.to_residual(z[..., b.columns], location, log_width, scale)
             for b, location, log_width, scale in self._located()
@@ -150,6 +157,10 @@ class BoundFlow:
 
     def from_base(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (*sample, *batch, D) of base coordinates, with the ladj of that direction."""
+        with torch.autocast(device_type=u.device.type, enabled=False):
+            return self._from_base(u)
+
+    def _from_base(self, u: Tensor) -> tuple[Tensor, Tensor]:
         ladj = torch.zeros_like(u)
         for layer in reversed(self.layers):
             u, step = layer.from_base(u, self.space.blocks)
@@ -176,7 +187,13 @@ class BoundFlow:
             log_width=change(self.log_width, 1),
             lower=None if self.lower is None else change(self.lower, 2),
             layers=tuple(
-                replace(s, skip=change(s.skip, 2), hidden=change(s.hidden, 2)) for s in self.layers
+                replace(
+                    s,
+                    skip=change(s.skip, 2),
+                    hidden=change(s.hidden, 2),
+                    keep=None if s.keep is None else change(s.keep, 2),
+                )
+                for s in self.layers
             ),
         )
 
@@ -193,6 +210,11 @@ class BoundFlow:
 
     def __getitem__(self, index: Any) -> BoundFlow:
         """The flow of the events at an index into the batch."""
+        if index is None or index is Ellipsis or isinstance(index, tuple):
+            numbers = torch.arange(self.batch_shape.numel(), device=self.location.device)
+            chosen = numbers.view(self.batch_shape)[index]
+            rows = self.flatten()[chosen.reshape(-1)]
+            return rows._map(lambda t, n: t.reshape(*chosen.shape, *t.shape[t.ndim - n :]))
         return self._map(lambda t, _: t[index])
 
     def expand(self, shape: Size) -> BoundFlow:
@@ -216,6 +238,7 @@ class BoundFlow:
                 hidden=s.hidden[..., :d, :],
                 inner=s.inner[:d, :f],
                 outer=s.outer[:d],
+                keep=None if s.keep is None else s.keep[..., :d, :],
             )
             for s in self.layers
         )
@@ -260,6 +283,7 @@ class ResidualFlow(nn.Module):
         hidden: Hidden units H of each coordinate's conditioner.
         coupling: Condition half a block on the other half instead of each coordinate on the
             earlier ones: faster draws at many labels.
+        dropout: Share of conditioner units dropped in training, drawn once per event.
         bound: Splines are the identity beyond it.
         tail_bound: The tail begins here.
 
@@ -277,6 +301,7 @@ class ResidualFlow(nn.Module):
         bins: int,
         hidden: int,
         coupling: bool = False,
+        dropout: float = 0.0,
         bound: float = 5.0,
         tail_bound: float = 5.0,
     ) -> None:
@@ -288,6 +313,7 @@ class ResidualFlow(nn.Module):
         self.bins = check_positive_int(bins, "bins", minimum=2)
         self.hidden = check_positive_int(hidden, "hidden")
         self.bound, self.tail_bound = bound, tail_bound
+        self.dropout = dropout
         d, spline_size = space.dof, 3 * bins - 1
         count = check_positive_int(layers, "layers") if rung == "spline" else 0
         self.conditioners = nn.ModuleList(
@@ -320,7 +346,6 @@ class ResidualFlow(nn.Module):
             if context is not None:
                 theta = theta.expand(*context.shape[:-1], -1)
         else:
-            # everything from here on is full precision, also under a user's autocast
             with torch.autocast(device_type=context.device.type, enabled=False):
                 theta = F.linear(context.to(self.weight.dtype), self.weight, self.bias)
         location, width, triangle, *rest = theta.split(self._sections, dim=-1)
@@ -333,7 +358,10 @@ class ResidualFlow(nn.Module):
             inner, outer = module.weights()
             skip = rest[2 * i].unflatten(-1, (self.space.dof, -1))
             hidden = rest[2 * i + 1].unflatten(-1, (self.space.dof, -1))
-            layers.append(BoundLayer(module.groups, skip, hidden, inner, outer, self.bound))
+            keep = None
+            if self.training and self.dropout:
+                keep = F.dropout(torch.ones_like(hidden), self.dropout)
+            layers.append(BoundLayer(module.groups, skip, hidden, inner, outer, self.bound, keep))
         return BoundFlow(
             self.space,
             scale,

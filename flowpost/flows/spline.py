@@ -123,7 +123,12 @@ class Conditioner(nn.Module):
 
 
 def condition(
-    skip: Tensor, hidden: Tensor, features: Tensor, inner: Tensor, outer: Tensor
+    skip: Tensor,
+    hidden: Tensor,
+    features: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Spline parameters (..., n, P) of n coordinates.
 
@@ -133,13 +138,16 @@ def condition(
         features: Features of all coordinates, (..., F); later ones meet zero weights.
         inner: (n, F, H).
         outer: (n, H, P).
+        keep: Dropout factors of the hidden units, (..., n, H), drawn once per event.
     """
     n, f, h = inner.shape
     flat = features @ inner.permute(1, 0, 2).reshape(f, n * h)
     active = F.silu(hidden + flat.unflatten(-1, (n, h)))
+    if keep is not None:
+        active = active * keep
     lead = active.shape[:-2]
     out = torch.bmm(active.reshape(-1, n, h).transpose(0, 1), outer)
-    return skip + out.transpose(0, 1).reshape(*lead, n, -1)
+    return skip + out.transpose(0, 1).reshape(*lead, n, outer.shape[-1])
 
 
 def hidden_init(weight: Tensor, features: int) -> None:

@@ -20,13 +20,11 @@ _LARGEST_EXCESS = 80.0
 
 def tail(u: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Stretch base coordinates (..., d) beyond the bound, with ladj (..., d)."""
-    size = u.abs()
-    excess = (size - bound).clamp(0, _LARGEST_EXCESS)
-    return torch.copysign(size.clamp_max(bound) + torch.expm1(excess), u), excess
+    excess = (u.abs() - bound).clamp(0, _LARGEST_EXCESS)
+    return u.clamp(-bound, bound) + torch.copysign(torch.expm1(excess), u), excess
 
 
 def tail_inverse(t: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Inverse of `tail`, with the ladj (..., d) of that direction."""
-    size = t.abs()
-    excess = torch.log1p((size - bound).clamp_min(0))
-    return torch.copysign(size.clamp_max(bound) + excess, t), -excess
+    excess = torch.log1p((t.abs() - bound).clamp_min(0))
+    return t.clamp(-bound, bound) + torch.copysign(excess, t), -excess

@@ -172,12 +172,16 @@ class Posterior(Statistics, Distribution):
         if rows <= limit:
             return run(self._flow, x)
         lead = x.shape[:-1]
-        events = max(1, self.batch_shape.numel())
-        flow, x = self._flow.flatten(), x.reshape(-1, events, x.shape[-1])
+        batch = lead[len(lead) - len(self.batch_shape) :]
+        events = batch.numel()
+        flow, x = (
+            self._flow.expand(batch).flatten(),
+            x.reshape(lead[: len(lead) - len(batch)].numel(), events, -1),
+        )
         n = min(events, limit)
         s = max(1, limit // n)
         columns = []
-        for i in range(0, events, n):
+        for i in range(0, max(1, events), n):
             part = flow if n == events else flow[i : i + n]
             pieces = [run(part, x[j : j + s, i : i + n]) for j in range(0, len(x), s)]
             columns.append([torch.cat(p, 0) for p in zip(*pieces, strict=True)])

@@ -11,6 +11,7 @@ a normalised mixture over a fixed set of draws of the earlier blocks.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ __all__ = ["BlockPosterior", "block_posterior"]
 def block_posterior(posterior: Posterior, name: str, draws: int) -> Posterior:
     """The marginal of a block; see `Posterior.block`."""
     blocks = posterior.space.blocks
+    offset = posterior._first if isinstance(posterior, BlockPosterior) else 0
     chosen = [i for i, b in enumerate(blocks) if b.name == name or b.name.startswith(f"{name}.")]
     if not chosen or not isinstance(posterior.space, Product):
         known = ", ".join(b.name for b in blocks if b.name) or "none: the space is no Product"
@@ -39,10 +41,17 @@ def block_posterior(posterior: Posterior, name: str, draws: int) -> Posterior:
             f"Expected the parts of {name!r} to stand together in the flow; its order is "
             f"{', '.join(b.name for b in blocks)}. Ask for its parts one by one."
         )
-    flow = posterior._flow.leading(last)
-    if first == 0:
-        return Posterior(flow, validate_args=posterior._validate_args)
-    return BlockPosterior(flow, first, check_positive_int(draws, "draws"), posterior._validate_args)
+    own = blocks[first:last]
+    space: Space = (
+        own[0].space
+        if own[0].name == name
+        else Product(**{b.name.removeprefix(f"{name}."): b.space for b in own})
+    )
+    flow = posterior._flow.leading(offset + last)
+    if offset + first == 0:
+        return Posterior(replace(flow, space=space), validate_args=posterior._validate_args)
+    draws = check_positive_int(draws, "draws")
+    return BlockPosterior(flow, offset + first, space, draws, posterior._validate_args)
 
 
 class BlockPosterior(Posterior):
@@ -51,20 +60,24 @@ class BlockPosterior(Posterior):
     Arguments:
         flow: The flow of this block and all earlier ones.
         first: Index of the first leaf of the block.
+        space: The label space of the block.
         draws: Draws S of the earlier blocks.
         validate_args: Whether labels are checked.
     """
 
     def __init__(
-        self, flow: BoundFlow, first: int, draws: int, validate_args: bool | None = None
+        self,
+        flow: BoundFlow,
+        first: int,
+        space: Space,
+        draws: int,
+        validate_args: bool | None = None,
     ) -> None:
         blocks = flow.space.blocks
         self._flow, self._first, self._draws = flow, first, draws
         self._skip = slice(blocks[first].base.start, blocks[-1].base.stop)
         own = blocks[first:]
-        self._own: Space = (
-            own[0].space if len(own) == 1 else Product(**{b.name: b.space for b in own})
-        )
+        self._own = space
         self._columns = slice(own[0].columns.start, own[-1].columns.stop)
         Distribution.__init__(
             self, flow.batch_shape, Size([self._own.label_size]), validate_args=validate_args
@@ -80,21 +93,25 @@ class BlockPosterior(Posterior):
         return Scale(*(t[self._skip] for t in self._flow.scale))
 
     def _evaluate(self, z: Tensor) -> Tensor:
-        lead, events = z.shape[:-1], max(1, self.batch_shape.numel())
-        flow, z = self._flow.flatten(), z.reshape(-1, events, z.shape[-1])
+        lead = z.shape[:-1]
+        batch = lead[len(lead) - len(self.batch_shape) :]
+        events = batch.numel()
+        flow, z = (
+            self._flow.expand(batch).flatten(),
+            z.reshape(lead[: len(lead) - len(batch)].numel(), events, z.shape[-1]),
+        )
         earlier = Posterior(flow.leading(self._first), validate_args=False)
         u = earlier._base_draws(self._draws, None, central=False)
         columns = []
         n = max(1, min(events, CHUNK // (self._draws * flow.dof)))
         m = max(1, CHUNK // (self._draws * flow.dof * n))
-        for i in range(0, events, n):
+        for i in range(0, max(1, events), n):
             part = flow if n == events else flow[i : i + n]
             size = part.batch_shape[0]
-            with torch.no_grad():
-                before, _ = part.leading(self._first).from_base(u.expand(-1, size, -1))
+            before, _ = part.leading(self._first).from_base(u.expand(-1, size, -1))
             before = before.unsqueeze(1)
             pieces = []
-            for j in range(0, len(z), m):
+            for j in range(0, max(1, len(z)), m):
                 own = z[None, j : j + m, i : i + n].expand(self._draws, -1, -1, -1)
                 whole = torch.cat([before.expand(-1, own.shape[1], -1, -1).to(own.dtype), own], -1)
                 terms = log_density(*part.to_base(whole))[..., self._skip].sum(-1)
@@ -117,6 +134,14 @@ class BlockPosterior(Posterior):
         )
 
     def to_base(self, value: Any) -> Tensor:
+        """Refused: a mixture has no base coordinates.
+
+        Raises:
+            ValueError: Always, with what to use instead.
+        """
+        raise self._refuse("base coordinates")
+
+    def to_base_and_log_prob(self, value: Any) -> tuple[Tensor, Tensor]:
         """Refused: a mixture has no base coordinates.
 
         Raises:

@@ -39,7 +39,7 @@ class Statistics:
             p = sobol.draw(draws, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
             u = torch.special.ndtri(p)
         else:
-            events = max(1, self.batch_shape.numel())
+            events = self.batch_shape.numel()
             u = torch.randn(
                 (draws, events, d),
                 generator=generator,
@@ -65,20 +65,25 @@ class Statistics:
         The function is given their log density (S, n) too where `density` is set.
         """
         draws = check_positive_int(draws, "draws", minimum=2)
-        events = max(1, self.batch_shape.numel())
+        events = self.batch_shape.numel()
         u = self._base_draws(draws, generator, central)
-        flat = self._with(self._flow.flatten())
+        flow = self._flow.flatten()
+        if not events:
+            # one row of zeros gives the shapes, and is left out
+            flow = flow._map(lambda t, _: t.new_zeros(1, *t.shape[1:]))
+            u = u[:, :1] if u.shape[1] else u.new_zeros(draws, 1, u.shape[-1])
+        flat = self._with(flow)
         n = max(1, CHUNK // (draws * self._flow.dof))
         parts = []
         with torch.no_grad():
-            for i in range(0, events, n):
+            for i in range(0, max(1, events), n):
                 some = flat if n >= events else flat[i : i + n]
                 base = u if u.shape[1] == 1 else u[:, i : i + n]
                 base = base.expand(draws, *some.batch_shape, base.shape[-1])
                 z, log_prob = some._decode(base) if density else (some._decode_labels(base), base)
                 parts.append(function(z, log_prob))
-        merged = [torch.cat(p, 0) for p in zip(*parts, strict=True)]
-        return [t.reshape(*self.batch_shape, *t.shape[1:]) for t in merged]
+        merged = [torch.cat(p, 0)[:events] for p in zip(*parts, strict=True)]
+        return [t.reshape((*self.batch_shape, *t.shape[1:])) for t in merged]
 
     @property
     def mean(self) -> Tensor:

@@ -95,6 +95,21 @@ class Product(Space):
         Raises:
             ValueError: If a name is missing or unknown, or a shape does not fit.
         """
+        return self._pack(labels, self._batch_ndim(labels))
+
+    def _batch_ndim(self, labels: Mapping[str, Any]) -> int | None:
+        """Dimensions of the batch, as the first vector among the labels has them."""
+        for name, space in self.spaces.items():
+            found = None
+            if isinstance(space, Product) and isinstance(labels.get(name), Mapping):
+                found = space._batch_ndim(labels[name])
+            elif space.label_size > 1 and name in labels:
+                found = as_tensor(labels[name], name).ndim - 1
+            if found is not None:
+                return found
+        return None
+
+    def _pack(self, labels: Mapping[str, Any], batch_ndim: int | None) -> Tensor:
         if set(labels) != set(self.spaces):
             raise ValueError(
                 f"Expected labels named {', '.join(self.spaces)}; got {', '.join(labels)}."
@@ -102,12 +117,11 @@ class Product(Space):
         parts: list[Tensor] = []
         for name, space in self.spaces.items():
             if isinstance(space, Product) and isinstance(labels[name], Mapping):
-                part = space.pack(labels[name])
+                part = space._pack(labels[name], batch_ndim)
             else:
                 part = as_tensor(labels[name], name)
-                if space.label_size == 1 and (
-                    part.ndim == 0 or part.shape[-1] != 1 or (parts and part.ndim < parts[0].ndim)
-                ):
+                bare = part.ndim < 2 if batch_ndim is None else part.ndim == batch_ndim
+                if space.label_size == 1 and (bare or part.shape[-1] != 1):
                     part = part.unsqueeze(-1)
             if part.shape[-1] != space.label_size:
                 raise ValueError(

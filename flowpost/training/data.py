@@ -98,6 +98,8 @@ class EpochBatches(Sampler[list[int]]):
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.epoch = 0
+        # where Lightning looks for set_epoch when this is a batch sampler
+        self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of an epoch."""

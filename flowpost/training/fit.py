@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 
 from .._checks import check_positive_int, require
 from ..head import PosteriorHead, PosteriorModel
-from .data import Batch, loader, sample_of, split
+from .data import Batch, EpochBatches, loader, sample_of, split
 from .history import Epoch, History
 from .module import Schedule, module_class, one_cycle
 
@@ -45,8 +46,9 @@ def fit(
 ) -> History:
     """Train a model by the joint KL, and leave it with the weights of its best validation epoch.
 
-    The model is left in evaluation mode. Labels and inputs are scaled by the training part, unless they were before. The same seed gives
-    the same weights twice on the same machine, also where a run was stopped and resumed.
+    The model is left in evaluation mode. Labels and inputs are scaled by the training part, unless
+    they were before. The same seed gives the same weights twice on the same machine, also where a
+    run was stopped and resumed.
 
     Arguments:
         model: Encoder and head.
@@ -57,7 +59,8 @@ def fit(
         val: A fraction of the events, or data as `train`.
         epochs: Passes over the training part.
         batch_size: Events of a step; a `DataLoader` has its own.
-        lr: Peak learning rate.
+        lr: Peak learning rate of a network of your own; the head and the encoders of flowpost take
+            three times as much.
         seed: Of the division, the order of events and all random numbers of the training.
         weight_decay: Decay of weight matrices (AdamW).
         schedule: `"one-cycle"`, None for a constant rate, or a function of (optimizer, steps).
@@ -92,7 +95,6 @@ def fit(
     train, val = split(train, val, seed)
     batches = loader(train, batch_size, seed, shuffle=True, workers=workers)
     held = loader(val, max(batch_size, 1024), seed, shuffle=False, workers=workers)
-    _fit_scales(model, train, batches)
     module = module_class()(model, lr, weight_decay, _schedule(schedule), seed, signed_weights)
     home = next(model.parameters()).device
     with _forked(), _quiet():
@@ -100,10 +102,14 @@ def fit(
             trainer = _trainer(
                 epochs, patience, gradient_clip, checkpoint, precision, logger, callbacks, progress
             )
-        resume = checkpoint if checkpoint is not None and Path(checkpoint).exists() else None
         torch.manual_seed(seed)
+        _fit_scales(model, train, batches)
+        options: dict[str, Any] = {}
+        if checkpoint is not None and Path(checkpoint).exists():
+            _start_epoch(batches, checkpoint)
+            options = {"ckpt_path": str(checkpoint), "weights_only": True}
         try:
-            options = {"ckpt_path": str(resume), "weights_only": True} if resume else {}
+            model.train()
             trainer.fit(module, batches, held, **options)
         finally:
             module.restore_best()
@@ -115,6 +121,20 @@ def fit(
     rows = tuple(Epoch(**row) for row in module.rows)
     best = next(r for r in rows if r.epoch == module.best_epoch)
     return History(rows, best, stopped_early=len(rows) < (trainer.max_epochs or 0))
+
+
+def _start_epoch(batches: Any, checkpoint: str | os.PathLike[str]) -> None:
+    """Begin a resumed run with the order of its epoch; Lightning takes the first batch earlier."""
+    try:
+        done = torch.load(checkpoint, map_location="cpu", weights_only=True)["flowpost"]["rows"]
+    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"Expected {os.fspath(checkpoint)} as a checkpoint of flowpost.fit; it cannot be read "
+            f"as one ({error}). Remove the file or name another."
+        ) from error
+    for order in (batches.sampler, batches.batch_sampler):
+        if isinstance(order, EpochBatches):
+            order.set_epoch(len(done))
 
 
 def _schedule(schedule: str | Schedule | None) -> Schedule | None:
@@ -187,7 +207,7 @@ def _trainer(
 
 
 def _keep_state(lightning: Any, path: Path) -> Any:
-    class KeepState(lightning.Callback):  # type: ignore[name-defined]
+    class KeepState(lightning.Callback):
         """Write the whole state after each epoch; an interruption leaves the last one whole."""
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:

@@ -20,7 +20,7 @@ class Epoch:
         coverage68: Within the 68.27 % region.
         coverage90: Within the 90 % region.
         ks_pvalue: Kolmogorov–Smirnov p-value of the base χ² of the validation events.
-        lr: Learning rate at the end of the epoch.
+        lr: Learning rate at the end of the epoch, in the sense of `fit(lr=…)`.
         seconds: Wall-clock time since the start, resumed parts included.
     """
 

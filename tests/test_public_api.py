@@ -1,0 +1,149 @@
+"""The public surface, frozen: a change here is a change for users, and belongs in CHANGELOG.md."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+import flowpost as fp
+
+NAMES = """
+Interval Positive Posterior PosteriorHead PosteriorModel Product Real
+coverage fit load save
+diagnostics encoders losses simulators
+"""
+
+MODULES = {
+    "flowpost.spaces": "Block Interval Positive Product Real Scale Space SpaceConstraint "
+    "space_from_config",
+    "flowpost.encoders": "CNN DeepSets Encoder LSTM Squash Tabular",
+    "flowpost.flows": "BoundFlow RUNGS ResidualFlow",
+    "flowpost.posterior": "BlockPosterior Posterior Summary",
+    "flowpost.losses": "joint_kl weighted_mean",
+    "flowpost.training": "Epoch History fit",
+    "flowpost.io": "FORMAT_VERSION load save",
+}
+
+SIGNATURES = """
+Real(size=1)
+Positive(size=1, *, clip=0.0)
+Interval(low, high, size=None, *, clip=0.0)
+Product(**spaces)
+PosteriorHead(context, space, flow='spline', *, layers=2, bins=8, hidden=64, coupling=False, \
+dropout=0.0)
+PosteriorHead.fit_scale(self, z, weight=None)
+PosteriorHead.forward(self, context, *, validate_args=True)
+PosteriorHead.loss(self, context, z, weight=None, mask=None, *, signed_weights=False)
+PosteriorHead.log_prob(self, context, z, mask=None)
+PosteriorModel(encoder, head)
+PosteriorModel.forward(self, x)
+PosteriorModel.loss(self, x, z, weight=None, mask=None, *, signed_weights=False)
+Posterior(flow, validate_args=None)
+Posterior.log_prob(self, value)
+Posterior.sample(self, sample_shape=(), generator=None)
+Posterior.rsample(self, sample_shape=(), generator=None)
+Posterior.sample_and_log_prob(self, sample_shape=(), generator=None)
+Posterior.to_base(self, value)
+Posterior.from_base(self, u)
+Posterior.to_base_and_log_prob(self, value)
+Posterior.credibility(self, value)
+Posterior.cdf(self, value)
+Posterior.icdf(self, value)
+Posterior.quantile(self, levels, draws=1024, generator=None)
+Posterior.interval(self, level=0.6827, draws=1024, generator=None)
+Posterior.entropy(self, draws=1024, generator=None)
+Posterior.summary(self, draws=1024, generator=None)
+Posterior.block(self, name, draws=512)
+Posterior.to(self, *args, **kwargs)
+Posterior.detach(self)
+Posterior.expand(self, batch_shape, _instance=None)
+losses.joint_kl(posterior, z, weight=None, *, signed_weights=False)
+encoders.Tabular(features, context, hidden=128, layers=3, dropout=0.2, missing=False)
+encoders.CNN(channels, context, width=32, blocks=2, dropout=0.1)
+encoders.LSTM(features, context, hidden=64, layers=1, dropout=0.1)
+encoders.DeepSets(features, context, hidden=128, dropout=0.1)
+save(model, path)
+load(path, encoder=None)
+fit(model, train, val=0.1, *, epochs=100, batch_size=256, lr=0.001, seed=0, weight_decay=0.1, \
+schedule='one-cycle', patience=None, gradient_clip=5.0, signed_weights=False, checkpoint=None, \
+precision='32-true', logger=None, callbacks=(), workers=0, progress=True, trainer=None)
+"""
+
+PROPERTIES = (
+    "mean median mode stddev variance support space dof dtype device batch_shape event_shape"
+)
+
+
+def test_names():
+    assert sorted(fp.__all__) == sorted(NAMES.split())
+    assert all(hasattr(fp, name) for name in fp.__all__)
+    assert fp.coverage is fp.diagnostics.coverage
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_of_the_modules(module):
+    assert sorted(importlib.import_module(module).__all__) == sorted(MODULES[module].split())
+
+
+@pytest.mark.parametrize("line", SIGNATURES.strip().splitlines())
+def test_signature(line):
+    item = fp
+    for part in line.split("(")[0].split("."):
+        item = getattr(item, part)
+    signature = inspect.signature(item)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    found = signature.replace(parameters=plain, return_annotation=inspect.Signature.empty)
+    assert line.split("(")[0] + str(found) == line
+
+
+@pytest.mark.parametrize("name", PROPERTIES.split())
+def test_properties_of_a_posterior(name):
+    assert isinstance(inspect.getattr_static(fp.Posterior, name), property)
+
+
+def test_everything_public_is_documented_and_typed():
+    for name in fp.__all__:
+        item = getattr(fp, name)
+        assert inspect.getdoc(item), name
+        if inspect.ismodule(item):
+            continue
+        members = [item] if inspect.isfunction(item) else [
+            m for k, m in vars(item).items() if inspect.isfunction(m) and not k.startswith("_")
+        ]  # fmt: skip
+        for member in members:
+            assert inspect.getdoc(member), f"{name}.{member.__name__}"
+            signature = inspect.signature(member)
+            assert signature.return_annotation is not inspect.Signature.empty, member
+            untyped = [p for p in signature.parameters.values()
+                       if p.annotation is inspect.Parameter.empty and p.name != "self"]  # fmt: skip
+            assert not untyped, f"{name}.{member.__name__}"
+
+
+def test_package_is_typed_and_versioned():
+    from pathlib import Path
+
+    assert (Path(fp.__file__).parent / "py.typed").exists()
+    assert all(part.isdigit() for part in fp.__version__.split("."))
+
+
+def test_the_interface_of_the_design():
+    """design.md §3, line by line."""
+    space = fp.Product(energy=fp.Positive(), position=fp.Real(2))
+    head = fp.PosteriorHead(context=8, space=space, flow="spline")
+    z = torch.rand(5, 3) + 0.1
+    head.fit_scale(z)
+    context = torch.randn(5, 8)
+    assert head.loss(context, z, weight=torch.ones(5)).shape == ()
+    q = head(context)
+    assert q.batch_shape == (5,)
+    assert q.event_shape == (3,)
+    assert q.log_prob(z).shape == (5,)
+    assert q.rsample((4,)).shape == (4, 5, 3)
+    assert q.from_base(q.to_base(z)).shape == (5, 3)
+    assert q.credibility(z).shape == (5,)
+    assert q.mean.shape == q.stddev.shape == q.mode.shape == (5, 3)
+    assert q.quantile([0.16, 0.5, 0.84]).shape == (3, 5, 3)
+    assert [t.shape for t in q.interval(0.68)] == [(5, 3), (5, 3)]
+    assert q.entropy().shape == (5,)
+    assert q["position"].event_shape == (2,)

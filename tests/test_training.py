@@ -1,0 +1,516 @@
+"""fit: the forms of data, reproducibility, resuming, best weights, own trainers, plain loops."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import flowpost as fp
+
+pl = pytest.importorskip("lightning.pytorch")
+
+N, SIGMA = 120, 0.3
+
+
+def events(n=N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2, generator=g)
+    return x, x[:, :1] + SIGMA * torch.randn(n, 1, generator=g)
+
+
+def model_of(seed=0, dropout=0.2, flow="diagonal"):
+    torch.manual_seed(seed)
+    encoder = fp.encoders.Tabular(2, 4, hidden=8, layers=1, dropout=dropout)
+    return fp.PosteriorModel(encoder, fp.PosteriorHead(4, fp.Real(1), flow, bins=4, hidden=4))
+
+
+def fit(model, train, val=None, **options):
+    options = {"epochs": 2, "batch_size": 40, "progress": False, **options}
+    return fp.fit(model, train, events(60, seed=1) if val is None else val, **options)
+
+
+def equal(a, b):
+    return all(torch.equal(u, v) for u, v in zip(a.values(), b.values(), strict=True))
+
+
+class Recorder(pl.Callback):
+    """What the training sees: modes and the events of each step."""
+
+    def __init__(self):
+        self.modes, self.steps = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        self.modes.append(all(m.training for m in module.model.modules()))
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch["x"]
+        self.steps.append((trainer.current_epoch, tuple(x[:, 0].tolist())))
+
+    def epoch(self, number):
+        return [x for epoch, x in self.steps if epoch == number]
+
+
+class Interrupt(pl.Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("power cut")
+
+
+# ----------------------------------------------------------------------------- forms of the data
+
+
+class Dicts(Dataset):
+    def __init__(self, x, z):
+        self.x, self.z = x, z
+
+    def __len__(self):
+        return len(self.z)
+
+    def __getitem__(self, i):
+        return {"x": self.x[i], "z": self.z[i]}
+
+
+class Stream(IterableDataset):
+    def __init__(self, x, z):
+        self.x, self.z = x, z
+
+    def __iter__(self):
+        yield from zip(self.x, self.z, strict=True)
+
+
+X, Z = events()
+FORMS = {
+    "tuple": lambda: (X, Z),
+    "arrays": lambda: (X.numpy(), Z.double().numpy()),
+    "labels (N,)": lambda: (X, Z[:, 0]),
+    "dict": lambda: {"x": X, "z": Z},
+    "weights": lambda: (X, Z, torch.ones(N)),
+    "mask": lambda: {"x": X, "z": Z, "mask": torch.ones(N, 1, dtype=torch.bool)},
+    "Dataset": lambda: TensorDataset(X, Z),
+    "Dataset of dicts": lambda: Dicts(X, Z),
+    "DataLoader": lambda: DataLoader(TensorDataset(X, Z), batch_size=40, shuffle=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_training_data(form):
+    model = model_of()
+    history = fit(model, FORMS[form](), epochs=3, lr=1e-2)
+    assert len(history.epochs) == 3
+    assert history.epochs[-1].val_nll < history.epochs[0].val_nll
+    assert bool(model.head.fitted)
+    assert model.encoder.fitted
+    assert not any(m.training for m in model.modules())
+    torch.testing.assert_close(model.head.loc, Z.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_stream_of_events():
+    loader = DataLoader(Stream(X, Z), batch_size=40)
+    assert len(fit(model_of(), loader, schedule=None).epochs) == 2
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "Dataset", "DataLoader", "weights"])
+def test_every_form_of_validation_data(form):
+    expected = fit(model_of(), (X, Z), val=(X, Z)).best.val_nll
+    data = DataLoader(TensorDataset(X, Z), 40) if form == "DataLoader" else FORMS[form]()
+    assert fit(model_of(), (X, Z), val=data).best.val_nll == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "weights", "Dataset"])
+def test_validation_as_a_fraction(form):
+    model, recorder = model_of(), Recorder()
+    fit(model, FORMS[form](), val=0.25, callbacks=[recorder], epochs=2)
+    seen = set(itertools.chain(*recorder.epoch(0)))
+    assert len(seen) == 90
+    # scales know the training part only
+    kept = torch.tensor([x in seen for x in X[:, 0].tolist()])
+    torch.testing.assert_close(model.head.loc, Z[kept].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.encoder.squash.loc, X[kept].quantile(0.5, dim=0), atol=0.03, rtol=0
+    )
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 4)
+
+    def forward(self, a, b):
+        return self.layer(a + b)
+
+
+def test_inputs_as_tuples_and_dicts():
+    for x in ((X[:, :1], X[:, 1:]), {"a": X[:, :1], "b": X[:, 1:]}):
+        model = fp.PosteriorModel(Sum(), fp.PosteriorHead(4, fp.Real(1), "diagonal"))
+        assert len(fit(model, {"x": x, "z": Z}, val=0.2).epochs) == 2
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+@pytest.mark.parametrize("name", ["LSTM", "DeepSets"])
+def test_events_of_variable_length(name, kind):
+    hits, lengths = torch.randn(N, 5, 2), torch.arange(N) % 6
+    x = (hits, lengths) if kind == "tuple" else {"x": hits, "lengths": lengths}
+    encoder = getattr(fp.encoders, name)(2, 4, hidden=4)
+    model = fp.PosteriorModel(encoder, fp.PosteriorHead(4, fp.Real(1), "diagonal"))
+    assert len(fit(model, {"x": x, "z": Z}, val=0.2).epochs) == 2
+    assert encoder.fitted
+
+
+def test_unconditional_density_finds_mean_and_width():
+    z = torch.tensor([5.0, -1.0]) + torch.tensor([0.1, 30.0]) * torch.randn(2000, 2)
+    model = fp.PosteriorModel(None, fp.PosteriorHead(0, fp.Real(2), "affine"))
+    history = fp.fit(model, z, val=0.2, epochs=5, lr=1e-2, progress=False)
+    q = model(None)
+    exact = torch.distributions.Normal(torch.tensor([5.0, -1.0]), torch.tensor([0.1, 30.0]))
+    assert history.best.val_nll == pytest.approx(exact.entropy().sum().item(), abs=0.1)
+    torch.testing.assert_close(q.stddev, exact.stddev, rtol=0.05, atol=0)
+
+
+def test_model_without_encoder_learns():
+    model = fp.PosteriorModel(None, fp.PosteriorHead(2, fp.Real(1), "diagonal"))
+    x, z = events(2000)
+    fp.fit(model, (x, z), val=0.1, epochs=20, lr=2e-2, progress=False)
+    x, z = events(2000, seed=5)
+    exact = -torch.distributions.Normal(x[:, :1], SIGMA).log_prob(z).mean()
+    nll = -model(x).log_prob(z).mean()
+    assert abs(nll - exact) < 0.02
+    assert model(x).to_base(z).std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_weights_act():
+    """Labels of two groups; nearly all weight on one: the density has to follow it."""
+    z = torch.cat([torch.randn(300, 1) - 4, torch.randn(300, 1) + 4])
+    weight = torch.cat([torch.ones(300), torch.full((300,), 1e-3)])
+    model = fp.PosteriorModel(None, fp.PosteriorHead(0, fp.Real(1), "diagonal"))
+    data = {"z": z, "weight": weight}
+    fp.fit(model, data, val=data, epochs=20, lr=5e-2, progress=False)
+    assert model(None).mean.item() == pytest.approx(-4, abs=0.2)
+    assert model(None).stddev.item() == pytest.approx(1, abs=0.15)
+    assert model.head.loc.item() == pytest.approx(-4, abs=0.2)
+
+
+def test_masks_act():
+    space = fp.Product(a=fp.Real(), b=fp.Real())
+    z = torch.cat([torch.randn(400, 1), torch.randn(400, 1) + 3], 1)
+    mask = torch.ones(400, 2, dtype=torch.bool)
+    mask[::2, 1] = False
+    z[::2, 1] = math.nan
+    model = fp.PosteriorModel(None, fp.PosteriorHead(0, space, "affine"))
+    data = {"z": z, "mask": mask}
+    history = fp.fit(model, data, val=data, epochs=10, lr=2e-2, progress=False)
+    torch.testing.assert_close(model(None).mean, torch.tensor([0.0, 3.0]), atol=0.15, rtol=0)
+    assert math.isfinite(history.best.val_nll)
+
+
+# ----------------------------------------------------------------------- reproducible, resumable
+
+
+@pytest.mark.parametrize("form", ["tuple", "Dataset", "DataLoader"])
+def test_same_seed_same_weights_and_untouched_random_state(form):
+    states = []
+    for seed in (11, 12):
+        model = model_of()
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (the global state must not matter)
+        before, array = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        fit(model, FORMS[form](), seed=3)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert (np.random.get_state()[1] == array).all()  # noqa: NPY002
+        states.append(model.state_dict())
+    assert equal(*states)
+
+
+def test_other_seed_other_weights():
+    states = []
+    for seed in (3, 4):
+        model = model_of()
+        fit(model, (X, Z), seed=seed)
+        states.append(model.state_dict())
+    assert not equal(*states)
+
+
+@pytest.mark.parametrize("form", ["tuple", "Dataset", "Dataset of dicts"])
+def test_epochs_have_different_orders_of_all_events(form):
+    recorder = Recorder()
+    fit(model_of(), FORMS[form](), epochs=3, callbacks=[recorder])
+    first, second, third = (recorder.epoch(i) for i in range(3))
+    assert [len(x) for x in first] == [40, 40, 40]
+    for epoch in (first, second, third):
+        assert sorted(itertools.chain(*epoch)) == sorted(X[:, 0].tolist())
+    assert first != second
+    assert second != third
+
+
+@pytest.mark.parametrize("form", ["tuple", "Dataset"])
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_resumed_run_is_the_uninterrupted_one(form, epoch, tmp_path):
+    data, file = FORMS[form](), tmp_path / "run.ckpt"
+    whole = model_of()
+    expected = fit(whole, data, epochs=5, lr=1e-2)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(model_of(), data, epochs=5, lr=1e-2, checkpoint=file, callbacks=[Interrupt(epoch)])
+    assert file.exists()
+    resumed, recorder = model_of(seed=99), Recorder()
+    torch.rand(7)
+    history = fit(resumed, data, epochs=5, lr=1e-2, checkpoint=file, callbacks=[recorder])
+    assert recorder.steps[0][0] == epoch
+    assert history["val_nll"] == expected["val_nll"]
+    assert history["epoch"] == [1, 2, 3, 4, 5]
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_finished_run_is_not_run_again(tmp_path):
+    file = tmp_path / "sub" / "run.ckpt"
+    first, again = model_of(), model_of(seed=9)
+    expected = fit(first, (X, Z), checkpoint=file)
+    recorder = Recorder()
+    history = fit(again, (X, Z), checkpoint=file, callbacks=[recorder])
+    assert recorder.steps == []
+    assert history["val_nll"] == expected["val_nll"]
+    assert equal(first.state_dict(), again.state_dict())
+    assert [p.name for p in file.parent.iterdir()] == ["run.ckpt"]
+
+
+# ------------------------------------------------------------------------ best weights, stopping
+
+
+def test_best_weights_are_kept():
+    model = model_of()
+    history = fit(model, (X, Z), epochs=8, lr=0.1, schedule=None)
+    nll = history["val_nll"]
+    assert history.best.epoch == 1 + int(np.argmin(nll))
+    # the learning rate is far too large on purpose: the last epoch is not the best
+    assert history.best.epoch < 8
+    x, z = events(60, seed=1)
+    assert -model(x).log_prob(z).mean().item() == pytest.approx(min(nll), abs=1e-5)
+
+
+def test_numbers_of_the_history():
+    model = model_of()
+    x, z = events(60, seed=1)
+    history = fit(model, (X, Z), epochs=3)
+    best = history.best
+    level = model(x).credibility(z)
+    assert best.coverage50 == pytest.approx((level <= 0.5).float().mean().item(), abs=0.02)
+    assert best.coverage68 == pytest.approx((level <= 0.682689).float().mean().item(), abs=0.02)
+    assert best.coverage90 == pytest.approx((level <= 0.9).float().mean().item(), abs=0.02)
+    assert 0 <= best.ks_pvalue <= 1
+    assert history["seconds"] == sorted(history["seconds"])
+    assert f"kept epoch {best.epoch}" in str(history)
+    with pytest.raises(ValueError, match="Expected one of epoch, train_nll"):
+        history["loss"]
+
+
+def test_early_stopping():
+    history = fit(model_of(), (X, Z), epochs=40, lr=0.3, schedule=None, patience=2)
+    assert history.stopped_early
+    assert len(history.epochs) == history.best.epoch + 2
+    assert not fit(model_of(), (X, Z)).stopped_early
+
+
+# ----------------------------------------------------------------------- Lightning passed through
+
+
+def test_own_trainer(tmp_path):
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    model = model_of()
+    history = fit(model, (X, Z), epochs=100, trainer=trainer)
+    assert len(history.epochs) == 3
+    assert trainer.current_epoch == 3
+    assert not model.training
+
+
+def test_logger_is_passed_through(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    history = fit(model_of(), (X, Z), logger=CSVLogger(tmp_path, name="run"))
+    (file,) = tmp_path.rglob("metrics.csv")
+    lines = file.read_text().splitlines()
+    columns = lines[0].split(",")
+    assert {"train_nll", "val_nll", "coverage68"} <= set(columns)
+    at = columns.index("val_nll")
+    logged = [float(v) for v in (line.split(",")[at] for line in lines[1:]) if v]
+    assert logged == pytest.approx(history["val_nll"], rel=1e-5)
+
+
+def test_nothing_is_written_without_being_asked(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    fit(model_of(), (X, Z))
+    assert list(tmp_path.iterdir()) == []
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
+def test_bfloat16_precision():
+    x, z = events(500)
+    nll = [
+        fit(model_of(dropout=0.0), (x, z), epochs=5, lr=1e-2, precision=p).best.val_nll
+        for p in ("32-true", "bf16-mixed")
+    ]
+    assert nll[0] == pytest.approx(nll[1], abs=0.03)
+
+
+@pytest.mark.parametrize("schedule", [None, "one-cycle"])
+def test_schedule(schedule):
+    lr = fit(model_of(), (X, Z), epochs=5, lr=1e-2, schedule=schedule)["lr"]
+    if schedule is None:
+        assert lr == pytest.approx([1e-2] * 5)
+    else:
+        assert max(lr) <= 1e-2
+        assert lr[-1] < 5e-4
+
+
+def test_own_schedule():
+    def half(optimizer, steps):
+        assert steps == 6
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5)
+
+    assert fit(model_of(), (X, Z), lr=1e-2, schedule=half)["lr"] == pytest.approx([5e-3] * 2)
+
+
+def test_second_fit_trains_with_dropout_and_keeps_the_scale():
+    model, recorder = model_of(), Recorder()
+    fit(model, (X, Z))
+    scale = model.head.scale.clone()
+    fit(model, (X, 100 * Z), val=(X, 100 * Z), callbacks=[recorder])
+    assert recorder.modes == [True] * 6
+    assert torch.equal(model.head.scale, scale)
+    assert not model.training
+
+
+def test_frozen_encoders_stay_frozen():
+    model = model_of()
+    for p in model.encoder.parameters():
+        p.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.encoder.named_parameters()}
+    head = model.head.flow.bias.detach().clone()
+    fit(model, (X, Z))
+    assert equal(before, dict(model.encoder.named_parameters()))
+    assert not torch.equal(model.head.flow.bias, head)
+
+
+# --------------------------------------------------------------------------------------- errors
+
+
+def nan_at(t, row):
+    t = t.clone()
+    t[row, 0] = math.nan
+    return t
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "text"),
+    [
+        ((nan_at(X, 3), Z), {}, "Expected finite x; got nan in row 3"),
+        ((X, nan_at(Z, 3)), {}, "finite labels; got nan in labels, row 3"),
+        ((X[:0], Z[:0]), {}, "Expected at least one event"),
+        ((X[:-1], Z), {}, "Expected as many inputs as labels; got"),
+        ((X, Z, torch.ones(3)), {}, "Expected as many inputs as labels"),
+        ((X, Z, -torch.ones(N)), {}, "Expected weights of at least 0; got -1"),
+        ((X, Z, torch.full((N,), math.nan)), {}, "Expected finite weight"),
+        ((X, Z), {"val": (X, nan_at(Z, 7))}, "finite labels; got nan"),
+        ((X, Z), {"val": (X, Z, torch.full((N,), math.nan))}, "finite weight"),
+        ((X, Z), {"val": (X[:0], Z[:0])}, "Expected at least one event"),
+        ((X, Z), {"val": 0.0}, "Expected val as a fraction between 0 and 1; got 0"),
+        ((X, Z), {"val": 1}, "Expected val as a fraction"),
+        ((X[:3], Z[:3]), {"val": 0.01}, "Expected events for training and validation"),
+        ({"x": X, "y": Z}, {}, "Expected keys x, z, weight, mask; got x, y"),
+        ((X, Z, None, None, None), {}, "Expected one to four parts; got 5"),
+        ((X, Z), {"epochs": 0}, "Expected epochs"),
+        ((X, Z), {"batch_size": 0}, "Expected batch_size"),
+        ((X, Z), {"schedule": "cosine"}, "Expected schedule as 'one-cycle'"),
+    ],
+)
+def test_errors(train, options, text):
+    with pytest.raises(ValueError, match=text):
+        fit(model_of(), train, options.pop("val", None), **options)
+
+
+def test_a_loader_cannot_be_divided():
+    with pytest.raises(ValueError, match="Expected val as a DataLoader or tensors beside a DataLo"):
+        fit(model_of(), FORMS["DataLoader"](), val=0.1)
+
+
+def test_only_models_are_trained():
+    with pytest.raises(ValueError, match=r"Wrap it: PosteriorModel\(None, head\)"):
+        fit(model_of().head, (X, Z))
+    with pytest.raises(
+        ValueError, match=r"Expected a PosteriorModel; got Linear.*\(encoder, head\)"
+    ):
+        fit(nn.Linear(2, 2), (X, Z))
+
+
+def test_checkpoints_of_others_are_refused(tmp_path):
+    trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    fit(model_of(), (X, Z), trainer=trainer)
+    file = tmp_path / "other.ckpt"
+    trainer.save_checkpoint(file)
+    content = torch.load(file, weights_only=True)
+    del content["flowpost"]
+    torch.save(content, file)
+    with pytest.raises(ValueError, match=r"Expected .*other.ckpt as a checkpoint of flowpost.fit"):
+        fit(model_of(), (X, Z), checkpoint=file)
+
+
+# ------------------------------------------------------------------------------- the plain loop
+
+
+def test_plain_pytorch_loop():
+    x, z = events(1000)
+    model = model_of(dropout=0.0)
+    model.encoder.fit_scale(x)
+    model.head.fit_scale(z)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(10):
+        for i in torch.randperm(len(z)).split(100):
+            optimizer.zero_grad()
+            loss = model.loss(x[i], z[i])
+            loss.backward()
+            optimizer.step()
+    model.eval()
+    x, z = events(2000, seed=7)
+    exact = -torch.distributions.Normal(x[:, :1], SIGMA).log_prob(z).mean()
+    assert abs(-model(x).log_prob(z).mean() - exact) < 0.05
+    cov = fp.coverage(model(x).to_base(z).detach())
+    assert cov.ks_pvalue > 1e-4
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_issue(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(3000, 12)
+    z = torch.exp(x[:, :1] + 0.2 * torch.randn(3000, 1))
+    x_train, z_train, x_test, z_test = x[:2000], z[:2000], x[2000:], z[2000:]
+    model = fp.PosteriorModel(
+        fp.encoders.Tabular(12, 64),
+        fp.PosteriorHead(64, fp.Product(z=fp.Positive()), flow="spline"),
+    )
+    fp.fit(model, (x_train, z_train), val=0.1, epochs=30, batch_size=256, lr=1e-3, seed=0,
+           progress=False)  # fmt: skip
+    q = model(x_test)
+    nll = -q.log_prob(z_test).mean()
+    exact = torch.distributions.LogNormal(x_test[:, :1], 0.2).log_prob(z_test).mean()
+    assert nll + exact < 0.25
+    cov = fp.coverage(q.to_base(z_test))
+    assert cov.ks_pvalue > 1e-6
+    fp.save(model, "run1")
+    assert torch.equal(fp.load("run1")(x_test).log_prob(z_test), q.log_prob(z_test))
+    density = fp.PosteriorModel(None, fp.PosteriorHead(0, fp.Real(2)))
+    fp.fit(density, torch.randn(2000, 2), val=0.1, epochs=10, progress=False)
+    z = torch.randn(2000, 2)
+    entropy = 1 + math.log(2 * math.pi)
+    assert -density(None).log_prob(z).mean() - entropy < 0.1
