@@ -31,7 +31,7 @@ Positive(size=1, *, clip=0.0)
 Interval(low, high, size=None, *, clip=0.0)
 Product(**spaces)
 PosteriorHead(context, space, flow='spline', *, layers=2, bins=8, hidden=64, coupling=False, \
-dropout=0.0)
+dropout=None)
 PosteriorHead.fit_scale(self, z, weight=None)
 PosteriorHead.forward(self, context, *, validate_args=True)
 PosteriorHead.loss(self, context, z, weight=None, mask=None, *, signed_weights=False)
