@@ -24,6 +24,8 @@ __all__ = ["Schedule", "module_class"]
 # measured by benchmarks/defaults.py: heads and encoders of ours learn best at three times the rate
 # that suits a user's network
 _OWN_RATE = 3.0
+# of each step's running average of the weights, some five epochs of 10 000 events
+_AVERAGE = 0.995
 Schedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -62,6 +64,7 @@ def module_class() -> type:
             self.best_nll = math.inf
             self.best_epoch = 0
             self.best_state: dict[str, Tensor] | None = None
+            self.average: list[Tensor] | None = None
             self._before = 0.0
             self._start = time.monotonic()
             self._sums = {"train": [0.0, 0.0], "val": [0.0, 0.0]}
@@ -108,6 +111,27 @@ def module_class() -> type:
             """Start the random numbers of the step, so that a resumed run repeats them."""
             torch.manual_seed(self.seed * 1_000_003 + self.global_step)
 
+        def _learned(self) -> list[Tensor]:
+            return [p.data for p in self.model.parameters() if p.requires_grad]
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+            """Follow the weights by their running average."""
+            learned = self._learned()
+            if self.average is None:
+                self.average = [p.clone() for p in learned]
+                return
+            step = self.global_step
+            keep = min(_AVERAGE, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.average, learned, 1 - keep)
+
+        def _swap(self) -> None:
+            """Exchange the weights and their average."""
+            if self.average is not None:
+                for own, mean in zip(self._learned(), self.average, strict=True):
+                    kept = own.clone()
+                    own.copy_(mean)
+                    mean.copy_(kept)
+
         def _add(self, part: str, log_prob: Tensor, weight: Any) -> None:
             w = torch.ones_like(log_prob)
             if weight is not None:
@@ -128,6 +152,7 @@ def module_class() -> type:
         def on_validation_epoch_start(self) -> None:
             """Forget the sums of the last validation."""
             self._sums["val"], self._base = [0.0, 0.0], []
+            self._swap()
 
         def validation_step(self, data: Any, index: int) -> None:
             """Log density and base coordinates of a batch."""
@@ -143,6 +168,7 @@ def module_class() -> type:
         def on_validation_epoch_end(self) -> None:
             """Log the validation and keep the weights if it is the best so far."""
             if self.trainer.sanity_checking:
+                self._swap()
                 return
             nll, total = self._sums["val"]
             nll = nll / total if total else math.nan
@@ -177,6 +203,7 @@ def module_class() -> type:
                 self.best_state = {
                     k: v.detach().clone() for k, v in self.model.state_dict().items()
                 }
+            self._swap()
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
@@ -185,6 +212,7 @@ def module_class() -> type:
                 "best_nll": self.best_nll,
                 "best_epoch": self.best_epoch,
                 "best_state": self.best_state,
+                "average": self.average,
             }
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -198,6 +226,7 @@ def module_class() -> type:
             self.rows = list(kept["rows"])
             self.best_nll, self.best_epoch = kept["best_nll"], kept["best_epoch"]
             self.best_state = kept["best_state"]
+            self.average = [t.to(self.device) for t in kept["average"]]
             self._before = self.rows[-1]["seconds"] if self.rows else 0.0
 
         def restore_best(self) -> None:
