@@ -360,7 +360,9 @@ class ResidualFlow(nn.Module):
             hidden = rest[2 * i + 1].unflatten(-1, (self.space.dof, -1))
             keep = None
             if self.training and self.dropout:
-                keep = F.dropout(torch.ones_like(hidden), self.dropout)
+                # one mask for all coordinates of an event: a d-th of the random numbers
+                keep = F.dropout(torch.ones_like(hidden[..., :1, :]), self.dropout)
+                keep = keep.expand_as(hidden)
             layers.append(BoundLayer(module.groups, skip, hidden, inner, outer, self.bound, keep))
         return BoundFlow(
             self.space,

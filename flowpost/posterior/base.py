@@ -157,6 +157,8 @@ class Posterior(Statistics, Distribution):
         return self._broadcast(z, name)
 
     def _broadcast(self, x: Tensor, name: str) -> Tensor:
+        if x.shape[:-1][-len(self.batch_shape) :] == self.batch_shape:
+            return x
         try:
             shape = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         except RuntimeError as error:

@@ -109,7 +109,11 @@ def module_class() -> type:
 
         def on_train_batch_start(self, batch: Any, index: int) -> None:
             """Start the random numbers of the step, so that a resumed run repeats them."""
-            torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+            seed = self.seed * 1_000_003 + self.global_step
+            # torch.manual_seed formats a stack trace for every kind of device
+            torch.default_generator.manual_seed(seed)
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
 
         def _learned(self) -> list[Tensor]:
             return [p.data for p in self.model.parameters() if p.requires_grad]
@@ -146,7 +150,8 @@ def module_class() -> type:
             log_prob = self.model.head.log_prob(self.model.encode(batch.x), batch.z, batch.mask)
             self._add("train", log_prob.detach(), batch.weight)
             loss = weighted_mean(-log_prob, batch.weight, self.signed_weights)
-            self.log("train_nll", loss.detach(), prog_bar=True, batch_size=len(log_prob))
+            if self.logger is not None or self.trainer.progress_bar_callback is not None:
+                self.log("train_nll", loss.detach(), prog_bar=True, batch_size=len(log_prob))
             return loss
 
         def on_validation_epoch_start(self) -> None:
