@@ -11,7 +11,6 @@ compares them with the exact posterior, which this simulator knows.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
@@ -26,14 +25,10 @@ SPACE = fp.Product(
 HEADS = ("mse", "diagonal", "spline")
 MAX_HITS = 48
 EPOCHS = {"CNN": 20, "LSTM": 8}
-
-
-def cnn() -> torch.nn.Module:
-    return fp.encoders.CNN(channels=4, context=64, width=16)
-
-
-def lstm() -> torch.nn.Module:
-    return fp.encoders.LSTM(features=3, context=64, hidden=32)
+ENCODERS = {
+    "CNN": lambda: fp.encoders.CNN(channels=4, context=64, width=16),
+    "LSTM": lambda: fp.encoders.LSTM(features=3, context=64, hidden=32),
+}
 
 
 def views(events: fp.simulators.TelescopeEvents) -> dict[str, object]:
@@ -47,7 +42,7 @@ def row(name: str, q: fp.Posterior, z: torch.Tensor) -> tuple[dict[str, str], to
     u, log_prob = q.to_base_and_log_prob(z)
     cov = fp.coverage(u, log_prob=log_prob)
     error = q.mean - z
-    numbers = {
+    return {
         "head": name,
         "RMSE position [m]": f"{error[:, :2].square().sum(1).mean().sqrt():.1f}",
         "RMSE energy [TeV]": f"{error[:, 2].square().mean().sqrt():.1f}",
@@ -55,8 +50,7 @@ def row(name: str, q: fp.Posterior, z: torch.Tensor) -> tuple[dict[str, str], to
         "68 % coverage": f"{100 * cov.coverage_at(0.68):.1f} %",
         "90 % coverage": f"{100 * cov.coverage_at(0.9):.1f} %",
         "KS p": f"{cov.ks_pvalue:.2g}",
-    }
-    return numbers, -log_prob
+    }, -log_prob
 
 
 def main() -> None:
@@ -75,7 +69,7 @@ def main() -> None:
     true_nll, several = true.nll(test.z[:truths]), true.n_modes() > 1
 
     table, coverages, posteriors = [], {}, {}
-    for network, encoder in {"CNN": cnn, "LSTM": lstm}.items():
+    for network, encoder in ENCODERS.items():
         x, x_test = views(train)[network], views(test)[network]
         for head in HEADS:
             name = f"{network}, {head}"
@@ -113,12 +107,12 @@ def write_figures(out, coverages, posteriors, test, true, several) -> None:
         shown, some, test.z[: len(several)], true_regions=true.position_map, equal=True
     )
     axes[0, 0].figure.savefig(out / "gallery.png")
-    corner = plots.plot_corner(some["diagonal"], test.z[: len(several)], event=shown[0])
-    plots.plot_corner(some["spline"], test.z[: len(several)], event=shown[0], axes=corner)
+    corner = None
+    for name, q in some.items():
+        truth = test.z[: len(several)]
+        corner = plots.plot_corner(q, truth, event=shown[0], axes=corner, label=name)
     corner[0, 0].figure.savefig(out / "corner.png")
 
 
 if __name__ == "__main__":
-    start = time.monotonic()
     main()
-    print(f"{time.monotonic() - start:.0f} s")
