@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from quadrature import grid
 
 from flowpost.head import PosteriorHead
 from flowpost.posterior import BlockPosterior, Posterior, base, block, statistics
@@ -29,17 +30,6 @@ def head_of(space, flow="spline", *, context=3, size=0.15, coupling=False):
 
 def posterior_of(space, flow="spline", events=4, **options):
     return head_of(space, flow, **options)(torch.randn(events, 3).double()).detach()
-
-
-def grid(space, draws, n):
-    """Points of one label column around its draws, even in z or ln z, without our charts."""
-    low, high = draws.min().item(), draws.max().item()
-    if isinstance(space, Positive):
-        return np.geomspace(low * (low / high) ** 0.3, high * (high / low) ** 0.3, n)
-    low, high = low - 0.3 * (high - low), high + 0.3 * (high - low)
-    if isinstance(space, Interval):
-        low, high = max(low, space.low[0] + 1e-9), min(high, space.high[0] - 1e-9)
-    return np.linspace(low, high, n)
 
 
 PAIRS = {

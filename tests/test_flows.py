@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from quadrature import grid
 from scipy import stats
 
 from flowpost.flows import RUNGS, ResidualFlow
@@ -119,17 +120,6 @@ def test_later_coordinates_do_depend_on_earlier_ones():
 
 
 # ------------------------------------------------------------------------------ normalisation
-
-
-def grid(space, draws, n):
-    """Points of one label column around its draws, even in z or ln z, without our charts."""
-    low, high = draws.min().item(), draws.max().item()
-    if isinstance(space, Positive):
-        return np.geomspace(low * (low / high) ** 0.3, high * (high / low) ** 0.3, n)
-    low, high = low - 0.3 * (high - low), high + 0.3 * (high - low)
-    if isinstance(space, Interval):
-        low, high = max(low, space.low[0] + 1e-9), min(high, space.high[0] - 1e-9)
-    return np.linspace(low, high, n)
 
 
 @pytest.mark.parametrize("rung", RUNGS)

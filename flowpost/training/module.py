@@ -106,6 +106,9 @@ def module_class() -> type:
         def on_train_epoch_start(self) -> None:
             """Forget the sums of the last epoch."""
             self._sums["train"] = [0.0, 0.0]
+            if self.average is not None:
+                # a checkpoint is read before the model moves to its device
+                self.average = [t.to(self.device) for t in self.average]
 
         def on_train_batch_start(self, batch: Any, index: int) -> None:
             """Start the random numbers of the step, so that a resumed run repeats them."""
@@ -231,7 +234,7 @@ def module_class() -> type:
             self.rows = list(kept["rows"])
             self.best_nll, self.best_epoch = kept["best_nll"], kept["best_epoch"]
             self.best_state = kept["best_state"]
-            self.average = [t.to(self.device) for t in kept["average"]]
+            self.average = kept["average"]
             self._before = self.rows[-1]["seconds"] if self.rows else 0.0
 
         def restore_best(self) -> None:
