@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ import flowpost as fp
 from flowpost.simulators import LinearGaussian
 
 
-def measure(dim: int, flow: str, seed: int, simulations: int = 20_000) -> dict[str, float]:
+def measure(dim: int, flow: str, seed: int, simulations: int = 20_000) -> dict[str, Any]:
     """Train one head and compare it with the exact posterior on fresh events."""
     simulator = LinearGaussian(dim)
     x, z = simulator.sample(simulations, seed=1000 + seed)
@@ -35,6 +36,7 @@ def measure(dim: int, flow: str, seed: int, simulations: int = 20_000) -> dict[s
     low, high = cov.band[2]
     return {
         "gap": float((-log_prob - simulator.true_nll(fresh_x, fresh_z)).mean()),
+        "deviation": cov.empirical - cov.nominal,
         "max_deviation": float((cov.empirical - cov.nominal).abs().max()),
         "within_band": float(((cov.empirical >= low) & (cov.empirical <= high)).double().mean()),
         "best_epoch": history.best.epoch,

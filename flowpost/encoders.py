@@ -2,12 +2,13 @@ r"""Encoders: networks that turn an event into a context vector of shape (N, L).
 
 They are conveniences: any `torch.nn.Module` that returns (N, L) works in their place. Each
 standardises its inputs with what `fit_scale` finds in the training part (`flowpost.fit` calls it)
-and squashes what is far out,
+and squashes what is far out: with y = (x − loc) / scale,
 
-.. math:: x \to B\, \mathrm{asinh}\big((x - \mathrm{loc}) / (B\, \mathrm{scale})\big),
+.. math:: y \to y \ \text{for}\ |y| \le B, \qquad
+          \pm\big(B + \mathrm{asinh}(|y| - B)\big) \ \text{beyond},
 
 so that an input at a hundred standard deviations, as real catalogues have them, cannot blow up a
-predicted width.
+predicted width, while a linear dependence stays one.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Squash(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardised and squashed inputs of the shape of x."""
-        return _SQUASH * torch.asinh((x - self.loc) / (_SQUASH * self.scale))
+        y = (x - self.loc) / self.scale
+        inner = y.clamp(-_SQUASH, _SQUASH)
+        return inner + torch.asinh(y - inner)
 
 
 class Encoder(nn.Module):
@@ -99,6 +102,8 @@ def _mlp(sizes: list[int], dropout: float) -> nn.Sequential:
 
 class Tabular(Encoder):
     """A multilayer perceptron with a linear path beside it, for columns of numbers.
+
+    At initialisation it is the linear path.
 
     Arguments:
         features: Columns F of the input.
@@ -137,6 +142,8 @@ class Tabular(Encoder):
         self.squash = Squash(features)
         self.skip = nn.Linear(inputs, check_positive_int(context, "context"))
         self.net = _mlp([inputs, *[hidden] * layers, context], dropout)
+        for p in self.net[-1].parameters():
+            nn.init.zeros_(p)
 
     def fit_scale(self, x: Any) -> Tabular:
         """Set the standardisation from inputs (N, F)."""

@@ -78,14 +78,21 @@ def test_import_is_quick_and_light():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "flow", "gap"),
-    [(1, "affine", 0.02), (3, "affine", 0.02), (1, "spline", 0.03), (3, "spline", 0.03)],
+    [
+        *[(1, "affine", 0.02), (3, "affine", 0.02), (10, "affine", 0.03)],
+        *[(1, "spline", 0.03), (3, "spline", 0.03), (10, "spline", 0.08)],
+    ],
 )
-def test_linear_gaussian_of_few_labels(dim, flow, gap):
+def test_linear_gaussian(dim, flow, gap):
+    """Two seeds: the coverage of 20 000 simulations themselves wanders by up to 0.8 %."""
     from benchmarks.linear_gaussian import measure
 
-    result = measure(dim, flow, seed=0)
-    assert result["gap"] < gap
-    assert result["max_deviation"] < 0.01
+    results = [measure(dim, flow, seed) for seed in (0, 1)]
+    for r in results:
+        print(f"gap {r['gap']:.4f}, coverage within {r['max_deviation']:.4f}, {r['cpu']:.0f} s")
+    assert max(r["gap"] for r in results) < gap
+    deviation = sum(r["deviation"] for r in results) / len(results)
+    assert deviation.abs().max() < 0.01
 
 
 @pytest.mark.slow

@@ -72,9 +72,10 @@ class TestAgainstIntegralsOfTheJointDensity:
         assert isinstance(few, BlockPosterior)
         found = few.log_prob(torch.tensor(b).unsqueeze(-1)).exp()
         assert np.trapezoid(found, b) == pytest.approx(1, abs=2e-3)
-        np.testing.assert_allclose(found, expected, atol=0.03 * expected.max())
+        # draws of narrow conditionals are noisy at single points
+        assert np.trapezoid(np.abs(found.numpy() - expected), b) < 0.05
         found = many.log_prob(torch.tensor(b).unsqueeze(-1)).exp()
-        np.testing.assert_allclose(found, expected, atol=0.006 * expected.max())
+        assert np.trapezoid(np.abs(found.numpy() - expected), b) < 0.01
         # it is neither the conditional at the centre nor the density at any one draw
         fixed = p[np.argmax(np.trapezoid(p, b, axis=1))]
         assert np.abs(fixed / np.trapezoid(fixed, b) - expected).max() > 0.05 * expected.max()

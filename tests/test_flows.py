@@ -317,7 +317,8 @@ def test_unconditional(space, rung):
     assert z.shape == (30, space.label_size)
     conditional = build(space, rung)
     with torch.no_grad():
-        conditional.weight.zero_()
+        for p in conditional.parameters():
+            p.zero_()
         own = dict(conditional.named_parameters())
         for name, p in flow.named_parameters():
             own[name].copy_(p)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -313,7 +314,9 @@ def test_numbers_of_the_history():
 def test_early_stopping():
     history = fit(model_of(), (X, Z), epochs=40, lr=0.3, schedule=None, patience=2)
     assert history.stopped_early
-    assert len(history.epochs) == history.best.epoch + 2
+    settled = 4
+    best = min(history.epochs[:-settled], key=lambda e: e.val_nll)
+    assert len(history.epochs) == best.epoch + 2 + settled
     assert not fit(model_of(), (X, Z)).stopped_early
 
 
@@ -518,3 +521,83 @@ def test_the_lines_of_the_issue(tmp_path, monkeypatch):
     z = torch.randn(2000, 2)
     entropy = 1 + math.log(2 * math.pi)
     assert -density(None).log_prob(z).mean() - entropy < 0.1
+
+
+# -------------------------------------------------------------------------------------- settling
+
+
+def drop(model, seen):
+    """Record whether dropout is active whenever the model is evaluated in a training step."""
+    net = model.encoder.net[2]
+    assert isinstance(net, nn.Dropout)
+    net.register_forward_hook(lambda m, a, b: seen.append(m.training) if b.requires_grad else None)
+
+
+def test_the_last_epochs_settle_from_the_best_weights_without_dropout():
+    model, active = model_of(), []
+    drop(model, active)
+    history = fit(model, (X, Z), epochs=20, lr=1e-2)
+    # three batches an epoch, of which a tenth of the epochs settle
+    assert active == [True] * 54 + [False] * 6
+    assert len(history.epochs) == 20
+    assert history["epoch"] == list(range(1, 21))
+    best = min(history.epochs[:18], key=lambda e: e.val_nll)
+    assert history.best.epoch > 18 or history.best is best
+
+
+def test_settling_is_undone_where_it_is_worse(monkeypatch):
+    from flowpost.training import module
+
+    monkeypatch.setattr(module, "_SETTLE_RATE", 100.0)
+    history = fit(model_of(), (X, Z), epochs=20, lr=1e-2)
+    assert history.best.epoch <= 18
+    assert history.best.val_nll == min(history["val_nll"][:18])
+
+
+def test_a_run_stopped_while_settling_is_resumed(tmp_path, monkeypatch):
+    from flowpost.training import module
+
+    whole, file = model_of(), tmp_path / "run.ckpt"
+    fit(whole, (X, Z), epochs=20)
+    kind = module.module_class()
+
+    def interrupted(self):
+        raise RuntimeError("power cut")
+
+    kind.settle = interrupted
+    monkeypatch.setattr(sys.modules["flowpost.training.fit"], "module_class", lambda: kind)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(model_of(), (X, Z), epochs=20, checkpoint=file)
+    monkeypatch.undo()
+    resumed = model_of(seed=99)
+    fit(resumed, (X, Z), epochs=20, checkpoint=file)
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_recurrent_networks_settle():
+    torch.manual_seed(0)
+    encoder = fp.encoders.LSTM(2, 4, hidden=4)
+    model = fp.PosteriorModel(encoder, fp.PosteriorHead(4, fp.Real(1), "diagonal"))
+    x = X[:, None, :].expand(-1, 3, -1)
+    lengths = torch.full((len(x),), 3)
+    val, z = events(60, seed=1)
+    history = fp.fit(
+        model,
+        ((x, lengths), Z),
+        ((val[:, None, :].expand(-1, 3, -1), lengths[:60]), z),
+        epochs=10,
+        progress=False,
+    )
+    assert len(history.epochs) == 10
+
+
+def test_splines_decay_faster():
+    from flowpost.training import module
+
+    model = model_of(flow="spline")
+    training = module.module_class()(model, 1e-3, 0.1, None, 0, False)
+    decay = {id(p): g["weight_decay"] for g in training._groups() for p in g["params"]}
+    assert decay[id(model.head.flow.spline_weight)] == pytest.approx(0.4)
+    assert decay[id(model.head.flow.weight)] == pytest.approx(0.1)
+    assert decay[id(model.head.flow.bias)] == 0
+    assert len(decay) == len(list(model.parameters()))

@@ -326,17 +326,22 @@ class ResidualFlow(nn.Module):
         self._sections = [space.location_size, space.width_size * (rung != "mse")]
         self._sections += [len(self._pairs), *[d * spline_size, d * hidden] * count]
         size = sum(self._sections)
-        self.weight = nn.Parameter(torch.zeros(size, context)) if context else None
+        first = sum(self._sections[:3])
+        self.weight = nn.Parameter(torch.zeros(first, context)) if context else None
+        # apart from the others, for a training that lets them decay faster
+        self.spline_weight = (
+            nn.Parameter(torch.zeros(size - first, context)) if context and count else None
+        )
         self.bias = nn.Parameter(torch.zeros(size))
         self.log_width = nn.Parameter(torch.zeros(space.width_size)) if rung == "mse" else None
         with torch.no_grad():
-            start = sum(self._sections[:3])
+            start = 0
             for _ in range(count):
                 start += d * spline_size
                 rows = slice(start, start + d * hidden)
-                if self.weight is not None:
-                    hidden_init(self.weight[rows], context)
-                self.bias[rows].uniform_(-1, 1)
+                if self.spline_weight is not None:
+                    hidden_init(self.spline_weight[rows], context)
+                self.bias[first:][rows].uniform_(-1, 1)
                 start += d * hidden
 
     def forward(self, context: Tensor | None, scale: Scale) -> BoundFlow:
@@ -347,7 +352,10 @@ class ResidualFlow(nn.Module):
                 theta = theta.expand(*context.shape[:-1], -1)
         else:
             with torch.autocast(device_type=context.device.type, enabled=False):
-                theta = F.linear(context.to(self.weight.dtype), self.weight, self.bias)
+                weight: Tensor = self.weight
+                if self.spline_weight is not None:
+                    weight = torch.cat([weight, self.spline_weight])
+                theta = F.linear(context.to(weight.dtype), weight, self.bias)
         location, width, triangle, *rest = theta.split(self._sections, dim=-1)
         if self.log_width is not None:
             width = self.log_width.expand(*theta.shape[:-1], -1)

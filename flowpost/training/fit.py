@@ -23,6 +23,8 @@ __all__ = ["fit"]
 
 # of the head's conditioners, measured by benchmarks/defaults.py
 _DROPOUT = 0.1
+# epochs of settling at the end, at most a tenth of all
+_SETTLE, _SETTLE_SHARE = 5, 10
 
 
 def fit(
@@ -49,9 +51,11 @@ def fit(
 ) -> History:
     """Train a model by the joint KL, and leave it with the weights of its best validation epoch.
 
-    The model is left in evaluation mode. Labels and inputs are scaled by the training part, unless
-    they were before. The same seed gives the same weights twice on the same machine, also where a
-    run was stopped and resumed.
+    The last epochs (five, at most a tenth of all) settle: from the best weights, at a tenth of the
+    rate and without dropout, so that the predicted widths are those of the network as it will be
+    used; before, dropout and large steps widen them. The model is left in evaluation mode. Labels
+    and inputs are scaled by the training part, unless they were before. The same seed gives the
+    same weights twice on the same machine, also where a run was stopped and resumed.
 
     Arguments:
         model: Encoder and head.
@@ -65,7 +69,8 @@ def fit(
         lr: Peak learning rate of a network of your own; the head and the encoders of flowpost take
             three times as much.
         seed: Of the division, the order of events and all random numbers of the training.
-        weight_decay: Decay of weight matrices (AdamW).
+        weight_decay: Decay of weight matrices (AdamW); four times as much, times the degrees
+            of freedom, of those that take the context to the splines, which fit noise first.
         schedule: `"one-cycle"`, None for a constant rate, or a function of (optimizer, steps).
         patience: Epochs without a better validation loss after which to stop; None trains on.
         gradient_clip: Largest norm of a step's gradient, or None.
@@ -73,11 +78,12 @@ def fit(
         checkpoint: A file that holds the state after each epoch; if it exists the run goes on from
             there.
         precision: As Lightning's, for example `"16-mixed"` or `"bf16-mixed"`.
-        logger: A Lightning logger.
-        callbacks: Lightning callbacks.
+        logger: A Lightning logger, of the epochs before the settling.
+        callbacks: Lightning callbacks, of the epochs before the settling.
         workers: Processes that load a `Dataset`.
         progress: Show a progress bar.
-        trainer: A Lightning `Trainer` of your own, in place of all options from `gradient_clip` on.
+        trainer: A Lightning `Trainer` of your own, in place of all options from `gradient_clip` on;
+            nothing settles then.
 
     Returns:
         NLL and coverage of every epoch.
@@ -101,9 +107,17 @@ def fit(
     module = module_class()(model, lr, weight_decay, _schedule(schedule), seed, signed_weights)
     home = next(model.parameters()).device
     with _forked(), _quiet():
+        settle = epochs // _SETTLE_SHARE if trainer is None else 0
+        settle = min(settle, _SETTLE)
+        common = {"gradient_clip": gradient_clip, "precision": precision, "progress": progress}
         if trainer is None:
             trainer = _trainer(
-                epochs, patience, gradient_clip, checkpoint, precision, logger, callbacks, progress
+                epochs - settle,
+                **common,
+                patience=patience,
+                checkpoint=checkpoint,
+                logger=logger,
+                callbacks=callbacks,
             )
         torch.manual_seed(seed)
         _fit_scales(model, train, batches)
@@ -116,6 +130,10 @@ def fit(
         try:
             model.train()
             trainer.fit(module, batches, held, **options)
+            stopped = len(module.rows) < (trainer.max_epochs or 0)
+            if settle and not trainer.interrupted:
+                module.settle()
+                _trainer(settle, **common).fit(module, batches, held)
         finally:
             flow.dropout = before
             module.restore_best()
@@ -126,7 +144,7 @@ def fit(
         )
     rows = tuple(Epoch(**row) for row in module.rows)
     best = next(r for r in rows if r.epoch == module.best_epoch)
-    return History(rows, best, stopped_early=len(rows) < (trainer.max_epochs or 0))
+    return History(rows, best, stopped_early=stopped)
 
 
 def _dropout(head: PosteriorHead) -> float:
@@ -188,13 +206,14 @@ def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
 
 def _trainer(
     epochs: int,
-    patience: int | None,
+    *,
     gradient_clip: float | None,
-    checkpoint: str | os.PathLike[str] | None,
     precision: Any,
-    logger: Any,
-    callbacks: Sequence[Any],
     progress: bool,
+    patience: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    logger: Any = None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     lightning = require("lightning.pytorch", "train")
     own: list[Any] = list(callbacks)
