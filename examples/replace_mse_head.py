@@ -24,7 +24,8 @@ SPACE = fp.Product(
 )
 HEADS = ("mse", "diagonal", "spline")
 MAX_HITS = 48
-EPOCHS = {"CNN": 20, "LSTM": 8}
+EPOCHS = {"CNN": 20, "LSTM": 10}
+STAGES = (1, 4)
 ENCODERS = {
     "CNN": lambda: fp.encoders.CNN(channels=4, context=64, width=16),
     "LSTM": lambda: fp.encoders.LSTM(features=3, context=64, hidden=32),
@@ -64,11 +65,11 @@ def main() -> None:
 
     telescope = fp.simulators.Telescope()
     train, test = telescope.sample(count, seed=1), telescope.sample(tests, seed=2)
-    print(f"exact posterior of {truths} test events …", flush=True)
+    print(f"exact posterior of {truths} test events …")
     true = telescope.true_posterior_images(test.images[:truths])
     true_nll, several = true.nll(test.z[:truths]), true.n_modes() > 1
 
-    table, coverages, posteriors = [], {}, {}
+    table, coverages, posteriors, stages = [], {}, {}, {}
     for network, encoder in ENCODERS.items():
         x, x_test = views(train)[network], views(test)[network]
         for head in HEADS:
@@ -77,8 +78,8 @@ def main() -> None:
             torch.manual_seed(0)
             # before: torch.nn.Sequential(encoder(), torch.nn.Linear(64, 3)) and F.mse_loss
             model = fp.PosteriorModel(encoder(), fp.PosteriorHead(64, SPACE, flow=head))
-            epochs = 1 if args.fast else EPOCHS[network]
-            history = fp.fit(model, (x, train.z), epochs=epochs, progress=not args.quiet)
+            options = {"epochs": 1 if args.fast else EPOCHS[network], "snapshots": STAGES}
+            history = fp.fit(model, (x, train.z), progress=not args.quiet, **options)
             with torch.no_grad():
                 q = model(x_test)
                 numbers, nll = row(name, q, test.z)
@@ -93,23 +94,23 @@ def main() -> None:
             history.plot()[0].figure.savefig(args.out / f"history_{network}_{head}.png")
             if head == "spline":
                 fp.save(model, args.out / f"model_{network}")
-    write_figures(args.out, coverages, posteriors, test, true, several)
+            for epoch, state in history.snapshots.items() if name == "CNN, spline" else ():
+                model.load_state_dict(state)
+                stages[f"epoch {epoch}"] = model(x_test[:truths]).detach()
+    write_figures(args.out, coverages, posteriors, stages, test, true, several)
     print(write_report(args.out, "Replacing an MSE head", {"Test events": table}))
 
 
-def write_figures(out, coverages, posteriors, test, true, several) -> None:
+def write_figures(out, coverages, posteriors, stages, test, true, several) -> None:
     """Coverage of all heads, a gallery of events, and the corner of one."""
     plots.plot_coverage(coverages).figure.savefig(out / "coverage.png")
     plots.plot_pulls(coverages["CNN, spline"]).figure.savefig(out / "pulls.png")
     shown = torch.cat([several.nonzero()[:3, 0], (~several).nonzero()[:2, 0]]).tolist()
     some = {k: q for k, q in posteriors.items() if k != "mse"}
-    axes = plots.plot_gallery(
-        shown, some, test.z[: len(several)], true_regions=true.position_map, equal=True
-    )
+    truth, regions, corner = test.z[: len(several)], true.position_map, None
+    axes = plots.plot_gallery(shown, some, truth, true_regions=regions, stages=stages, equal=True)
     axes[0, 0].figure.savefig(out / "gallery.png")
-    corner = None
     for name, q in some.items():
-        truth = test.z[: len(several)]
         corner = plots.plot_corner(q, truth, event=shown[0], axes=corner, label=name)
     corner[0, 0].figure.savefig(out / "corner.png")
 

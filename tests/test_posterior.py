@@ -549,7 +549,9 @@ def test_label_of_a_single_column_needs_no_axis():
     q = posterior_of(Real(1))
     z = torch.randn(6, dtype=torch.float64)
     torch.testing.assert_close(q.log_prob(z), q.log_prob(z.unsqueeze(-1)))
-    torch.testing.assert_close(q.log_prob(0.3), q.log_prob(torch.full((6, 1), 0.3, dtype=torch.float64)))
+    torch.testing.assert_close(
+        q.log_prob(0.3), q.log_prob(torch.full((6, 1), 0.3, dtype=torch.float64))
+    )
     several = torch.randn(5, 6, dtype=torch.float64)
     torch.testing.assert_close(q.log_prob(several), q.log_prob(several.unsqueeze(-1)))
 

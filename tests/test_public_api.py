@@ -67,7 +67,8 @@ save(model, path)
 load(path, encoder=None)
 fit(model, train, val=0.1, *, epochs=100, batch_size=256, lr=0.001, seed=0, weight_decay=0.1, \
 schedule='one-cycle', patience=None, gradient_clip=5.0, signed_weights=False, checkpoint=None, \
-precision='32-true', logger=None, callbacks=(), workers=0, progress=True, trainer=None)
+snapshots=(), precision='32-true', logger=None, callbacks=(), workers=0, progress=True, \
+trainer=None)
 """
 
 PROPERTIES = (

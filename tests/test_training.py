@@ -295,6 +295,20 @@ def test_best_weights_are_kept():
     assert -model(x).log_prob(z).mean().item() == pytest.approx(min(nll), abs=1e-5)
 
 
+def test_snapshots_are_the_weights_of_their_epochs(tmp_path):
+    file, model = tmp_path / "run.ckpt", model_of()
+    options = {"epochs": 5, "checkpoint": file, "snapshots": (1, 4)}
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(model_of(), (X, Z), callbacks=[Interrupt(2)], **options)
+    history = fit(model, (X, Z), **options)
+    assert list(history.snapshots) == [1, 4]
+    x, z = events(60, seed=1)
+    for epoch, state in history.snapshots.items():
+        model.load_state_dict(state)
+        expected = history.epochs[epoch - 1].val_nll
+        assert -model(x).log_prob(z).mean().item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_numbers_of_the_history():
     model = model_of()
     x, z = events(60, seed=1)

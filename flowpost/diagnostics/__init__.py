@@ -7,20 +7,20 @@ are necessary, not sufficient: `sharpness` belongs beside them.
 
 from __future__ import annotations
 
-from flowpost.diagnostics.accumulator import CoverageAccumulator
-from flowpost.diagnostics.coverage import coverage, level_coverage
-from flowpost.diagnostics.hpd import hpd_coverage, hpd_levels
-from flowpost.diagnostics.levels import LevelAccumulator
-from flowpost.diagnostics.nulls import (
+from .accumulator import CoverageAccumulator
+from .coverage import coverage, level_coverage
+from .hpd import hpd_coverage, hpd_levels
+from .levels import LevelAccumulator
+from .nulls import (
     anderson_darling_pvalue,
     anderson_darling_uniform,
     ks_pvalue,
     ks_uniform,
 )
-from flowpost.diagnostics.results import Coverage, LevelCoverage
-from flowpost.diagnostics.sbc import SBC, sbc, sbc_ranks
-from flowpost.diagnostics.sharpness import Sharpness, sharpness
-from flowpost.diagnostics.tarp import tarp, tarp_levels
+from .results import Coverage, LevelCoverage
+from .sbc import SBC, sbc, sbc_ranks
+from .sharpness import Sharpness, sharpness
+from .tarp import tarp, tarp_levels
 
 __all__ = [
     "Coverage",

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowpost._checks import as_tensor, check_finite, check_positive_int, check_shape
-from flowpost.diagnostics.histogram import LevelHistogram
-from flowpost.diagnostics.levels import LevelAccumulator, to_double
-from flowpost.diagnostics.results import Coverage, interpolate
+from .._checks import as_tensor, check_finite, check_positive_int, check_shape
+from .histogram import LevelHistogram
+from .levels import LevelAccumulator, to_double
+from .results import Coverage, interpolate
 
 __all__ = ["CoverageAccumulator"]
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowpost._checks import as_tensor, check_finite, check_positive_int, check_shape
-from flowpost.diagnostics.accumulator import CoverageAccumulator, as_base
-from flowpost.diagnostics.levels import LevelAccumulator
-from flowpost.diagnostics.results import Coverage, LevelCoverage
+from .._checks import as_tensor, check_finite, check_positive_int, check_shape
+from .accumulator import CoverageAccumulator, as_base
+from .levels import LevelAccumulator
+from .results import Coverage, LevelCoverage
 
 __all__ = ["coverage", "level_coverage"]
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowpost._checks import as_tensor, check_finite, check_positive_int
+from .._checks import as_tensor, check_finite, check_positive_int
 
 __all__ = ["SampledPosterior"]
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowpost.diagnostics.nulls import anderson_darling_pvalue, ks_pvalue
+from .nulls import anderson_darling_pvalue, ks_pvalue
 
 __all__ = ["LevelHistogram"]
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowpost.diagnostics.coverage import level_coverage
-from flowpost.diagnostics.draws import SampledPosterior, check_labels, draw_chunks, randomised
-from flowpost.diagnostics.results import LevelCoverage
+from .coverage import level_coverage
+from .draws import SampledPosterior, check_labels, draw_chunks, randomised
+from .results import LevelCoverage
 
 __all__ = ["hpd_coverage", "hpd_levels"]
 

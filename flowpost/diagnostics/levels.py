@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowpost._checks import as_tensor, check_finite, check_positive_int, check_shape
-from flowpost.diagnostics.histogram import LevelHistogram
-from flowpost.diagnostics.nulls import binomial_interval
-from flowpost.diagnostics.results import LevelCoverage, interpolate
+from .._checks import as_tensor, check_finite, check_positive_int, check_shape
+from .histogram import LevelHistogram
+from .nulls import binomial_interval
+from .results import LevelCoverage, interpolate
 
 __all__ = ["LevelAccumulator", "nominal_levels"]
 

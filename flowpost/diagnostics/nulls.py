@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-from flowpost._checks import as_tensor, check_finite, check_positive_int
+from .._checks import as_tensor, check_finite, check_positive_int
 
 __all__ = [
     "anderson_darling_pvalue",

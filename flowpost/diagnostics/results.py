@@ -121,7 +121,7 @@ class LevelCoverage:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw empirical against nominal coverage with its band, residuals below."""
-        from flowpost.plots.coverage import plot_coverage
+        from ..plots.coverage import plot_coverage
 
         return plot_coverage(self, ax=ax)
 
@@ -223,7 +223,7 @@ class Coverage(LevelCoverage):
 
     def plot_pulls(self, ax: Axes | None = None) -> Axes:
         """Draw the histogram of each u_j against N(0, 1); return the axes."""
-        from flowpost.plots.coverage import plot_pulls
+        from ..plots.coverage import plot_pulls
 
         return plot_pulls(self, ax=ax)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flowpost.diagnostics.draws import SampledPosterior, check_labels, draw_chunks, randomised
-from flowpost.diagnostics.nulls import chi2_sf, ks_uniform
+from .draws import SampledPosterior, check_labels, draw_chunks, randomised
+from .nulls import chi2_sf, ks_uniform
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ class SBC:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the rank histogram of each column with its binomial band; return the axes."""
-        from flowpost.plots.coverage import plot_ranks
+        from ..plots.coverage import plot_ranks
 
         return plot_ranks(self, ax=ax)
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowpost._checks import check_finite
-from flowpost.diagnostics.draws import SampledPosterior, check_labels, draw_chunks
-from flowpost.diagnostics.levels import nominal_levels
+from .._checks import check_finite
+from .draws import SampledPosterior, check_labels, draw_chunks
+from .levels import nominal_levels
 
 __all__ = ["Sharpness", "sharpness"]
 

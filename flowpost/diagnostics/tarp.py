@@ -24,10 +24,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowpost._checks import as_tensor, check_finite, check_shape
-from flowpost.diagnostics.coverage import level_coverage
-from flowpost.diagnostics.draws import SampledPosterior, check_labels, draw_chunks, randomised
-from flowpost.diagnostics.results import LevelCoverage
+from .._checks import as_tensor, check_finite, check_shape
+from .coverage import level_coverage
+from .draws import SampledPosterior, check_labels, draw_chunks, randomised
+from .results import LevelCoverage
 
 __all__ = ["tarp", "tarp_levels"]
 

@@ -21,6 +21,7 @@ __all__ = ["CHUNK", "Statistics"]
 CHUNK = 2**17
 _DRAWS = 1024
 _CENTRAL = 1 - 1e-4
+_CLIMBS = 4
 _ASCENT_STEPS = 60
 
 
@@ -113,19 +114,28 @@ class Statistics:
     def mode(self) -> Tensor:
         """Label of highest density, of shape (*batch_shape, D).
 
-        The best of a fixed set of draws, polished by gradient ascent on the label's manifold.
+        The best of a fixed set of draws, polished by gradient ascent on the label's manifold; each
+        event climbs from its few best draws, and the highest end counts.
         """
 
-        def best(z: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
-            top = log_prob.argmax(0)[None, :, None].expand(1, *z.shape[1:])
+        def best(z: Tensor, log_prob: Tensor) -> tuple[Tensor, ...]:
+            top = log_prob.topk(_CLIMBS, 0).indices[..., None].expand(-1, *z.shape[1:])
             r = self.space.to_plane(z, self._scale)[0]
-            return z.gather(0, top)[0], r.std(0)
+            return (*z.gather(0, top).unbind(0), r.std(0))
 
-        z, width = self._reduce(best, _DRAWS, None, density=True)
-        return self._ascend(z, width)
+        *starts, width = self._reduce(best, _DRAWS, None, density=True)
+        ends = [self._ascend(z, width) for z in starts]
+        z, value = ends[0]
+        for other, height in ends[1:]:
+            z = torch.where(height > value, other, z)
+            value = torch.maximum(height, value)
+        return z
 
-    def _ascend(self, z: Tensor, width: Tensor) -> Tensor:
-        """Climb from labels (*batch, D) in steps of each event's width in the plane."""
+    def _ascend(self, z: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """Climb from labels (*batch, D) in steps of each event's width.
+
+        Returns the ends and their ln q, of shape (*batch, 1).
+        """
         scale = self._scale
         r = self.space.to_plane(z, scale)[0]
         step = torch.full_like(r[..., :1], 0.1)
@@ -148,7 +158,7 @@ class Statistics:
             r, slope = torch.where(better, trial, r), torch.where(better, trial_slope, slope)
             value = torch.where(better, trial_value, value)
             step = torch.where(better, step * 1.5, step * 0.3)
-        return self.space.from_plane(r, scale)[0].detach()
+        return self.space.from_plane(r, scale)[0].detach(), value
 
     def quantile(
         self,

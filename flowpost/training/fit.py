@@ -42,6 +42,7 @@ def fit(
     gradient_clip: float | None = 5.0,
     signed_weights: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    snapshots: Sequence[int] = (),
     precision: Any = "32-true",
     logger: Any = None,
     callbacks: Sequence[Any] = (),
@@ -77,6 +78,7 @@ def fit(
         signed_weights: Allow negative event weights.
         checkpoint: A file that holds the state after each epoch; if it exists the run goes on from
             there.
+        snapshots: Epochs, counted from 1, whose validated weights `History.snapshots` keeps.
         precision: As Lightning's, for example `"16-mixed"` or `"bf16-mixed"`.
         logger: A Lightning logger, of the epochs before the settling.
         callbacks: Lightning callbacks, of the epochs before the settling.
@@ -105,6 +107,7 @@ def fit(
     batches = loader(train, batch_size, seed, shuffle=True, workers=workers)
     held = loader(val, max(batch_size, 1024), seed, shuffle=False, workers=workers)
     module = module_class()(model, lr, weight_decay, _schedule(schedule), seed, signed_weights)
+    module.wanted = frozenset(snapshots)
     home = next(model.parameters()).device
     with _forked(), _quiet():
         settle = epochs // _SETTLE_SHARE if trainer is None else 0
@@ -144,7 +147,7 @@ def fit(
         )
     rows = tuple(Epoch(**row) for row in module.rows)
     best = next(r for r in rows if r.epoch == module.best_epoch)
-    return History(rows, best, stopped_early=stopped)
+    return History(rows, best, stopped_early=stopped, snapshots=module.snapshots)
 
 
 def _dropout(head: PosteriorHead) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from torch import Tensor
 
 __all__ = ["Epoch", "History"]
 
@@ -43,11 +46,14 @@ class History:
         epochs: Numbers of each epoch.
         best: The epoch whose weights the model has.
         stopped_early: Whether the validation loss had stopped improving.
+        snapshots: Weights of the epochs that `fit(snapshots=…)` named, for
+            `model.load_state_dict`.
     """
 
     epochs: tuple[Epoch, ...]
     best: Epoch
     stopped_early: bool
+    snapshots: Mapping[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> list[float]:
         """One number of all epochs, by the name of its field.

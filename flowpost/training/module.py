@@ -74,6 +74,8 @@ def module_class() -> type:
             self.best_epoch = 0
             self.best_state: dict[str, Tensor] | None = None
             self.average: list[Tensor] | None = None
+            self.wanted: frozenset[int] = frozenset()
+            self.snapshots: dict[int, dict[str, Tensor]] = {}
             self.settling = False
             self._before = 0.0
             self._start = time.monotonic()
@@ -234,10 +236,13 @@ def module_class() -> type:
             allowance = _SETTLE_LOSS if self.settling else 0.0
             if not nll >= self.best_nll + allowance:
                 self.best_nll, self.best_epoch = min(nll, self.best_nll), row.epoch
-                self.best_state = {
-                    k: v.detach().clone() for k, v in self.model.state_dict().items()
-                }
+                self.best_state = self._state()
+            if row.epoch in self.wanted:
+                self.snapshots[row.epoch] = {k: v.cpu() for k, v in self._state().items()}
             self._swap()
+
+        def _state(self) -> dict[str, Tensor]:
+            return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
@@ -247,6 +252,7 @@ def module_class() -> type:
                 "best_epoch": self.best_epoch,
                 "best_state": self.best_state,
                 "average": self.average,
+                "snapshots": self.snapshots,
             }
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -261,6 +267,7 @@ def module_class() -> type:
             self.best_nll, self.best_epoch = kept["best_nll"], kept["best_epoch"]
             self.best_state = kept["best_state"]
             self.average = kept["average"]
+            self.snapshots = kept["snapshots"]
             self._before = self.rows[-1]["seconds"] if self.rows else 0.0
 
         def settle(self) -> None:
