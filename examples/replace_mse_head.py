@@ -78,7 +78,7 @@ def main() -> None:
             torch.manual_seed(0)
             # before: torch.nn.Sequential(encoder(), torch.nn.Linear(64, 3)) and F.mse_loss
             model = fp.PosteriorModel(encoder(), fp.PosteriorHead(64, SPACE, flow=head))
-            options = {"epochs": 1 if args.fast else EPOCHS[network], "snapshots": STAGES}
+            options = {"epochs": 4 if args.fast else EPOCHS[network], "snapshots": STAGES}
             history = fp.fit(model, (x, train.z), progress=not args.quiet, **options)
             with torch.no_grad():
                 q = model(x_test)

@@ -1,5 +1,8 @@
 """flowpost: replace the MSE regression head of a network by a calibrated posterior."""
 
+from importlib import import_module
+from typing import Any
+
 from . import diagnostics, encoders, losses, simulators
 from .diagnostics import coverage
 from .head import PosteriorHead, PosteriorModel
@@ -9,6 +12,15 @@ from .spaces import Interval, Positive, Product, Real
 from .training import fit
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # matplotlib is imported by those who plot
+    if name == "plots":
+        return import_module(".plots", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Interval",
     "Positive",

@@ -288,7 +288,7 @@ class LSTM(_Sequences):
         self.out = _mlp([4 * hidden + 1, 2 * hidden, check_positive_int(context, "context")], 0.0)
 
     def forward(self, x: Any, lengths: Any = None) -> Tensor:
-        """Context (N, L).
+        """Context (N, L); N may be 0.
 
         Arguments:
             x: Padded events of shape (N, M, F), or a `PackedSequence`.
@@ -299,6 +299,8 @@ class LSTM(_Sequences):
         """
         if not isinstance(x, PackedSequence):
             x, known = self._elements(x, lengths, None)
+            if not len(x):  # no events: torch packs none
+                return self.out(x.new_zeros(0, self.out[0].in_features))
             # an empty event is one element of zeros, known by its count of none
             count = known.sum(1)
             steps = count.clamp_min(1).cpu()

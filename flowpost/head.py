@@ -13,8 +13,10 @@ reconstructions*, 2020, https://arxiv.org/abs/2008.05825, eq. 8.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,23 +81,29 @@ class PosteriorHead(nn.Module):
             )
         self.space = space
         self.context = check_positive_int(context, "context", minimum=0)
-        self._options = {
+        if dropout is not None and not (isinstance(dropout, Real) and 0 <= dropout < 1):
+            raise ValueError(
+                f"Expected dropout as a share of at least 0 and below 1; got {dropout!r}. Set 0 "
+                "for none."
+            )
+        # numbers of Python, which can be written as JSON
+        self._options: dict[str, Any] = {
             "flow": flow,
-            "layers": layers,
-            "bins": bins,
-            "hidden": hidden,
-            "coupling": coupling,
-            "dropout": dropout,
+            "layers": check_positive_int(layers, "layers", minimum=int(flow == "spline")),
+            "bins": check_positive_int(bins, "bins", minimum=2),
+            "hidden": check_positive_int(hidden, "hidden"),
+            "coupling": bool(coupling),
+            "dropout": None if dropout is None else float(dropout),
         }
         self.flow = ResidualFlow(
             space,
-            context,
+            self.context,
             flow,
-            layers=layers,
-            bins=bins,
-            hidden=hidden,
-            coupling=coupling,
-            dropout=dropout or 0.0,
+            layers=self._options["layers"],
+            bins=self._options["bins"],
+            hidden=self._options["hidden"],
+            coupling=self._options["coupling"],
+            dropout=self._options["dropout"] or 0.0,
         )
         for name, value in space.default_scale()._asdict().items():
             self.register_buffer(name, value)
@@ -209,9 +217,11 @@ class PosteriorHead(nn.Module):
             ValueError: If labels or mask do not fit.
         """
         q = self(context)
+        z = self._columns(as_tensor(z, "labels", like=None if mask is None else self.flow.bias))
+        self._match(q, z)
         if mask is None:
             return q.log_prob(z)
-        z = self._columns(as_tensor(z, "labels", like=self.flow.bias)).to(q.device)
+        z = z.to(q.device)
         known = torch.as_tensor(mask, device=z.device)
         known = self._columns(known)
         if known.dtype != torch.bool or known.shape != z.shape:
@@ -224,6 +234,25 @@ class PosteriorHead(nn.Module):
         z = q._labels(torch.where(known, z, dummy.to(z)))
         u, ladj = q._flow.to_base(z)
         return torch.where(terms, log_density(u, ladj), 0.0).sum(-1)
+
+    def _match(self, q: Posterior, z: Tensor) -> None:
+        """Refuse labels of other events than the contexts', which would broadcast."""
+        if q.batch_shape and z.shape[:-1] != q.batch_shape:
+            raise ValueError(
+                f"Expected one label for each context; got contexts of shape "
+                f"{(*q.batch_shape, self.context)} and labels of shape {tuple(z.shape)}. An "
+                f"encoder gives (N, {self.context}): flatten what it returns."
+            )
+
+    def to_base_and_log_prob(self, context: Tensor | None, z: Any) -> tuple[Tensor, Tensor]:
+        """Base coordinates (N, d) and log density (N,) of each event's label.
+
+        Raises:
+            ValueError: If labels do not fit.
+        """
+        q, z = self(context), self._columns(as_tensor(z, "labels"))
+        self._match(q, z)
+        return q.to_base_and_log_prob(z)
 
     def _known_coordinates(self, known: Tensor) -> Tensor:
         """Base coordinates (N, d) whose density counts; refuses what is not exact."""
@@ -245,6 +274,18 @@ class PosteriorHead(nn.Module):
             earlier = whole
             parts.append(whole.unsqueeze(-1).expand(*whole.shape, block.space.dof))
         return torch.cat(parts, -1)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, np.ndarray):
+        x = torch.as_tensor(x)
+    if isinstance(x, Tensor):
+        return x.to(dtype) if x.is_floating_point() else x
+    if isinstance(x, dict):
+        return {k: _cast(v, dtype) for k, v in x.items()}
+    if type(x) in (tuple, list):
+        return tuple(_cast(v, dtype) for v in x)
+    return x
 
 
 class PosteriorModel(nn.Module):
@@ -269,9 +310,15 @@ class PosteriorModel(nn.Module):
         self.head = head
 
     def encode(self, x: Any) -> Tensor | None:
-        """The context (N, L): tuples and dicts are passed on as the encoder's arguments."""
+        """The context (N, L): tuples and dicts are passed on as the encoder's arguments.
+
+        Floating inputs are cast to the precision of the encoder's parameters.
+        """
         if self.encoder is None:
             return x if x is None else as_tensor(x, "x", like=self.head.flow.bias)
+        own = next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), None)
+        if own is not None:
+            x = _cast(x, own)
         if isinstance(x, (tuple, list)) and not hasattr(x, "batch_sizes"):
             return self.encoder(*x)
         if isinstance(x, dict):

@@ -3,7 +3,8 @@ r"""Models on disk: a JSON description and safetensors, nothing that can execute
 A directory holds ``config.json`` and ``weights.safetensors``; a path that ends in ``.safetensors``
 is one file with the description in its header. The description carries the format version, the
 version of flowpost, and the SHA-256 of everything else, so that a file whose bytes were altered is
-refused.
+refused. As a checksum can be made anew, a model is sketched without memory first, and built only
+where names and shapes are those of the tensors in the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,22 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from . import encoders
+from ._checks import check_positive_int
 from .head import PosteriorHead, PosteriorModel
-from .spaces import space_from_config
+from .spaces import Space, space_from_config
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
 FORMAT_VERSION = 1
 _BLANK = "0" * 64
 _CONFIG, _WEIGHTS, _SUFFIX = "config.json", "weights.safetensors", ".safetensors"
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_OWN = [name for name in encoders.__all__ if name not in ("Encoder", "Squash")]
+_REMEDY = "Only what flowpost.save wrote can be loaded"
+# pairs of coordinates without a parameter for each, and levels of a description
+_MOST_PAIRS, _MOST_NESTED = 2**21, 100
+_MALFORMED: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError)
+_MALFORMED += (LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 def save(model: PosteriorModel | PosteriorHead, path: str | os.PathLike[str]) -> None:
@@ -44,14 +55,17 @@ def save(model: PosteriorModel | PosteriorHead, path: str | os.PathLike[str]) ->
         path: A directory, or a file name that ends in `.safetensors`.
 
     Raises:
-        ValueError: If it is neither, or the path is a directory of something else.
+        ValueError: If it is neither, is of a class derived from them, has a tensor that is not
+            finite or types that do not agree, or the path is a directory of something else.
     """
     from . import __version__
 
-    if not isinstance(model, (PosteriorModel, PosteriorHead)):
+    head = model.head if isinstance(model, PosteriorModel) else model
+    # a derived class would come back as the one it derives from
+    if type(model) not in (PosteriorModel, PosteriorHead) or type(head) is not PosteriorHead:
         raise ValueError(
-            f"Expected a PosteriorModel or PosteriorHead; got {type(model).__name__}. Save other "
-            "modules with torch.save or safetensors."
+            f"Expected a PosteriorModel or PosteriorHead; got {type(model).__name__} (head "
+            f"{type(head).__name__}) for {path}. Save other modules with torch.save or safetensors."
         )
     target = Path(path)
     config: dict[str, Any] = {
@@ -59,15 +73,23 @@ def save(model: PosteriorModel | PosteriorHead, path: str | os.PathLike[str]) ->
         "format_version": FORMAT_VERSION,
         "flowpost_version": __version__,
         "kind": type(model).__name__,
-        "head": (model.head if isinstance(model, PosteriorModel) else model).config(),
+        "head": head.config(),
     }
     if isinstance(model, PosteriorModel):
         config["encoder"] = _describe(model.encoder)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    # tied weights share memory, which safetensors refuses
-    tensors = {k: v.clone() for k, v in tensors.items()}
+    # copies, for tied weights share memory, which safetensors refuses
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    with _description_in(target):
+        _space(config, tensors)
+    _check_values(model, tensors, target)
     config["sha256"] = _BLANK
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    try:
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False, default=_plain) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected options that {target} can describe in JSON; got {error}. Build the model "
+            "with numbers and strings of Python."
+        ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == _SUFFIX:
         raw = save_tensors(tensors, {"flowpost": text})
@@ -114,59 +136,138 @@ def load(
         ValueError: If the path holds no model, was altered, comes from a later format, or does not
             fit the encoder; the error names the tensor.
     """
-    config, tensors = _read(Path(path))
-    try:
-        head_options = dict(config["head"])
-        space = space_from_config(head_options.pop("space"))
-        context = head_options.pop("context")
-        kind = config["kind"]
-        # building draws initial weights, which are no business of the user's generator
-        with torch.random.fork_rng(devices=[]):
-            head = PosteriorHead(context, space, **head_options)
-    except (KeyError, TypeError, AttributeError) as error:
+    path = Path(path)
+    config, tensors = _read(path)
+    kind = config.get("kind")
+    if kind == "PosteriorModel":
+        _check_encoder(config.get("encoder"), encoder, path)
+    elif kind != "PosteriorHead":
         raise ValueError(
-            f"Expected the description of a model in {path}; got {error!r}."
-        ) from error
-    if kind == "PosteriorHead":
-        if encoder is not None:
-            raise ValueError(f"{path} holds a head alone; load it without encoder=.")
-        model: PosteriorModel | PosteriorHead = head
-    else:
-        with torch.random.fork_rng(devices=[]):
-            model = PosteriorModel(_rebuild(config.get("encoder"), encoder, path), head)
-    _check_fit(model.state_dict(), tensors, path)
-    model.load_state_dict(tensors, assign=True)
+            f"Expected kind as PosteriorModel or PosteriorHead in {path}; got {kind!r}. {_REMEDY}."
+        )
+    elif encoder is not None:
+        raise ValueError(f"{path} holds a head alone; load it without encoder=.")
+    # building draws initial weights, which are no business of the user's generator
+    with torch.random.fork_rng(devices=[]):
+        with _description_in(path):
+            space = _space(config, tensors)
+            with torch.device("meta"):
+                sketch = _assemble(config, space, encoder)
+        _check_fit(sketch.state_dict(), tensors, path)
+        _check_values(sketch, tensors, path)
+        model = _assemble(config, space, encoder).cpu()
+    # first the masks of the conditioners, which no file holds
+    head = model.head if isinstance(model, PosteriorModel) else model
+    head.to(tensors["loc" if head is model else "head.loc"].dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # in place, so that weights of two names stay tied
+        tensor.data = tensor.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
+    for name, tensor in model.state_dict().items():
+        # bit by bit, for NaN is not equal to itself
+        if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, tensors[name]))):
+            raise ValueError(
+                f"Expected tensor {name!r} in {path} to be alike under each name that the encoder "
+                "ties to it; got two. Build the encoder as it was saved."
+            )
     return model.eval()
+
+
+def _is_own(encoder: nn.Module | None) -> bool:
+    """Whether it is built again from its description; a class derived from ours is the user's."""
+    name = type(encoder).__name__
+    return name in _OWN and type(encoder) is getattr(encoders, name)
 
 
 def _describe(encoder: nn.Module | None) -> dict[str, Any] | None:
     if encoder is None:
         return None
-    if isinstance(encoder, encoders.Encoder) and type(encoder).__name__ in encoders.__all__:
+    if isinstance(encoder, encoders.Encoder) and _is_own(encoder):
         return encoder.config()
-    return {"type": "custom", "class": f"{type(encoder).__module__}.{type(encoder).__qualname__}"}
+    kind = type(encoder)
+    return {"type": "custom", "class": f"{kind.__module__}.{kind.__qualname__}"}
 
 
-def _rebuild(config: dict[str, Any] | None, given: nn.Module | None, path: Any) -> nn.Module | None:
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r} of type {type(value).__name__}")
+
+
+def _check_encoder(config: Any, given: nn.Module | None, path: Path) -> None:
     if config is None:
         if given is not None:
             raise ValueError(f"The model in {path} has no encoder; load it without encoder=.")
-        return None
-    if given is not None:
-        return given
-    options = dict(config)
-    kind = options.pop("type", None)
-    if kind == "custom":
+        return
+    if not isinstance(config, dict):
         raise ValueError(
-            f"The model in {path} has an encoder of your own, {options.get('class')}. Load it with "
-            f"flowpost.load({str(path)!r}, encoder={str(options.get('class')).split('.')[-1]}(…))."
+            f"Expected the description of an encoder in {path}; got {config!r}. {_REMEDY}."
         )
-    if kind not in encoders.__all__ or kind in ("Encoder", "Squash"):
-        raise ValueError(f"Expected an encoder of flowpost in {path}; got {kind!r}.")
+    kind = config.get("type")
+    if kind == "custom":
+        if given is None:
+            raise ValueError(
+                f"The model in {path} has an encoder of your own, {config.get('class')}. Load it "
+                f"with flowpost.load({str(path)!r}, "
+                f"encoder={str(config.get('class')).split('.')[-1]}(…))."
+            )
+    elif kind not in _OWN:
+        raise ValueError(f"Expected an encoder of flowpost in {path}; got {kind!r}. {_REMEDY}.")
+
+
+@contextmanager
+def _description_in(path: Path) -> Iterator[None]:
+    """Whatever a malformed description raises, as a ValueError that names the file."""
     try:
-        return getattr(encoders, kind)(**options)
-    except TypeError as error:
-        raise ValueError(f"Expected the options of a {kind} in {path}; got {options}.") from error
+        yield
+    except _MALFORMED as error:
+        raise ValueError(
+            f"Expected the description of a model in {path}; got one that cannot be built "
+            f"({type(error).__name__}: {error}). {_REMEDY}."
+        ) from error
+
+
+def _space(config: dict[str, Any], tensors: dict[str, Tensor]) -> Space:
+    """The label space; refuses sizes for which the file has too few numbers or tensors."""
+    elements = sum(t.numel() for t in tensors.values())
+    head, encoder = config["head"], config.get("encoder") or {}
+    columns, rest = 0.0, [(head["space"], 0)]
+    while rest:
+        item, depth = rest.pop()
+        if depth > _MOST_NESTED:
+            raise ValueError(f"Expected a description of at most {_MOST_NESTED} levels; got more")
+        if isinstance(item, dict):
+            columns += abs(float(item.get("size") or 0))
+            item = list(item.values())
+        rest += [(part, depth + 1) for part in item] if isinstance(item, list) else []
+    if columns > elements:
+        raise ValueError(f"Expected at most {elements} label columns; got {columns:g}")
+    space = space_from_config(head["space"])
+    if head["flow"] == "spline":
+        pairs = check_positive_int(head["layers"], "layers") * space.dof * space.feature_size
+        most = elements
+    else:
+        pairs, most = space.dof * (space.dof - 1) // 2, max(elements, _MOST_PAIRS)
+    if pairs > most:
+        raise ValueError(f"Expected at most {most} pairs of coordinates; got {pairs}")
+    for name in {"layers", "blocks"} & set(encoder):
+        if check_positive_int(encoder[name], name) > len(tensors):
+            raise ValueError(f"Expected at most {len(tensors)} {name}; got {encoder[name]}")
+    return space
+
+
+def _assemble(
+    config: dict[str, Any], space: Space, given: nn.Module | None
+) -> PosteriorModel | PosteriorHead:
+    head = PosteriorHead(**{**config["head"], "space": space})
+    if config["kind"] == "PosteriorHead":
+        return head
+    encoder = given
+    if given is None and config.get("encoder") is not None:
+        options = dict(config["encoder"])
+        encoder = getattr(encoders, options.pop("type"))(**options)
+    return PosteriorModel(encoder, head)
 
 
 def _check_fit(own: dict[str, Tensor], saved: dict[str, Tensor], path: Any) -> None:
@@ -175,6 +276,14 @@ def _check_fit(own: dict[str, Tensor], saved: dict[str, Tensor], path: Any) -> N
             raise ValueError(
                 f"Expected tensor {name!r} in {path}; it is not there. Is this the encoder that "
                 "was saved?"
+            )
+        kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, saved[name])]
+        if kinds[0] != kinds[1] or (
+            kinds[0] == (False, False) and saved[name].dtype != tensor.dtype
+        ):
+            raise ValueError(
+                f"Expected tensor {name!r} of type {tensor.dtype}; got {saved[name].dtype} in "
+                f"{path}. Build the encoder as it was saved."
             )
         if saved[name].shape != tensor.shape:
             raise ValueError(
@@ -188,6 +297,41 @@ def _check_fit(own: dict[str, Tensor], saved: dict[str, Tensor], path: Any) -> N
             + (f" (nor have {len(extra) - 1} others)" if len(extra) > 1 else "")
             + ". Build the encoder as it was saved."
         )
+
+
+def _check_values(
+    model: PosteriorModel | PosteriorHead, tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Refuse what cannot be evaluated; the buffers of a user's encoder are its own business."""
+    parts, foreign = [""], ""
+    if isinstance(model, PosteriorModel):
+        own = model.encoder is None or _is_own(model.encoder)
+        parts, foreign = ["head.", "encoder."][: 1 + own], "" if own else "encoder."
+    for part in parts:
+        types = {
+            t.dtype for k, t in tensors.items() if k.startswith(part) and t.is_floating_point()
+        }
+        if len(types) > 1 or not types <= _FLOATS:
+            raise ValueError(
+                f"Expected one type of {part.strip('.') or 'head'} tensors in {path}; got "
+                f"{', '.join(sorted(map(str, types)))}. Give all one, as with model.float()."
+            )
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in tensors.items():
+        theirs = bool(foreign) and name.startswith(foreign)
+        if tensor.dtype not in _FLOATS or (theirs and name not in parameters):
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"Expected finite numbers in tensor {name!r} in {path}; got NaN or infinity. Train "
+                "again, or save the model before it diverged."
+            )
+        whitening = name.rpartition(".")[2] in ("scale", "unit") and not theirs
+        if whitening and not bool((tensor > 0).all()):
+            raise ValueError(
+                f"Expected positive numbers in tensor {name!r} in {path}; got "
+                f"{tensor.min().item():g}. Fit the scale again, in a type that can hold it."
+            )
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -224,13 +368,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         text = _header(raw, f"{refuse}. {remedy}")
     try:
         config = json.loads(text)
+        json.dumps(config, allow_nan=False)
         tensors = load_tensors(raw)
     except (ValueError, SafetensorError, RecursionError) as error:
         raise ValueError(f"{refuse} ({error}). {remedy}") from error
     if not isinstance(config, dict) or config.get("format") != "flowpost":
         raise ValueError(f"{refuse}. {remedy}")
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"Expected format version {FORMAT_VERSION} or earlier; got {version!r} in {path}, "
             f"written by flowpost {config.get('flowpost_version')}. Update flowpost."

@@ -621,3 +621,14 @@ def test_import_is_light():
         "assert not {'scipy.stats', 'matplotlib', 'healpy', 'lightning'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_verdict_names_the_bins_that_are_off():
+    g = torch.Generator().manual_seed(0)
+    by = torch.rand(8000, generator=g)
+    # too narrow below and too wide above, which cancels on the whole
+    u = torch.randn(8000, 1, generator=g) * torch.where(by < 0.5, 1.25, 0.75)[:, None]
+    verdict = fd.coverage(u, by=by, bins=[0.0, 0.5, 1.0]).verdict()
+    assert "in bins: 0 to 0.5 under-covers, 0.5 to 1 over-covers" in verdict
+    fine = fd.coverage(torch.randn(8000, 1, generator=g), by=by, bins=[0.0, 0.5, 1.0])
+    assert fine.verdict() == "consistent with the nominal coverage"

@@ -53,6 +53,16 @@ def test_events_do_not_see_each_other(case):
     assert (whole[0] - whole[3]).abs().max() > 1e-4
 
 
+def test_batch_of_no_events(case):
+    encoder, inputs = case
+    for module in (encoder.train(), encoder.eval()):
+        context = module(*(t[:0] for t in inputs))
+        assert context.shape == (0, 6)
+        assert context.dtype == torch.float32
+        context.sum().backward()
+    assert encoder(inputs[0][:0]).shape == (0, 6)
+
+
 def test_inputs_in_double_and_as_arrays(case):
     encoder, inputs = case
     expected = encoder(*inputs)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -148,6 +149,76 @@ def test_types_of_encoder_and_head_are_kept(path):
     assert again.head.loc.dtype == torch.float32
     assert again.encoder.a.weight.dtype == torch.float64
     assert torch.equal(again(x).log_prob(LABELS), model(x).log_prob(LABELS))
+
+
+def test_an_own_class_of_a_name_of_flowpost_is_the_users(path):
+    class Tabular(fp.encoders.Tabular):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model, x = model_of(Tabular(2, 4, hidden=8)), torch.randn(5, 2)
+    fp.save(model, path)
+    with pytest.raises(ValueError, match=r"an encoder of your own, .*Tabular. Load it with"):
+        fp.load(path)
+    again = fp.load(path, encoder=Tabular(2, 4, hidden=8))
+    assert torch.equal(again(x).log_prob(LABELS), model(x).log_prob(LABELS))
+
+
+class Tied(nn.Module):
+    """A user's encoder with one Parameter in two modules, and a buffer of a mask."""
+
+    def __init__(self, tie=True):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        if tie:
+            self.b.weight = self.a.weight
+        self.register_buffer("attention", torch.full((2,), -torch.inf))
+
+    def forward(self, x):
+        return self.b(self.a(x.to(self.a.weight.dtype))).float()
+
+
+def test_tied_weights_stay_tied(path):
+    model, x = model_of(Tied().double()), torch.randn(5, 4)
+    fp.save(model, path)
+    again = fp.load(path, encoder=Tied())
+    assert again.encoder.a.weight is again.encoder.b.weight
+    assert again.encoder.a.weight.dtype == torch.float64
+    assert torch.equal(again(x).log_prob(LABELS), model(x).log_prob(LABELS))
+    fp.save(model_of(Tied(tie=False)), path)
+    with pytest.raises(ValueError, match=r"Expected tensor 'encoder.a.weight' in .* ties to it"):
+        fp.load(path, encoder=Tied())
+
+
+def test_masks_of_the_conditioners_have_the_type_of_the_head(path):
+    head = model_of(None).head.to(torch.bfloat16)
+    fp.save(head, path)
+    for (name, a), (_, b) in zip(head.named_buffers(), fp.load(path).named_buffers(), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), name
+
+
+def test_numbers_of_numpy_are_saved(path):
+    head = fp.PosteriorHead(
+        np.int64(3),
+        Real(np.int64(2)),
+        hidden=np.int64(16),
+        layers=np.int32(1),
+        bins=np.int64(4),
+        coupling=np.bool_(True),
+        dropout=np.float32(0.5),
+    )
+    encoder = fp.encoders.Tabular(np.int64(2), np.int64(3), hidden=np.int64(8))
+    fp.save(fp.PosteriorModel(encoder, head), path)
+    again = fp.load(path)
+    assert again.head.config() == head.config()
+    assert again.encoder.config() == encoder.config()
+
+
+@pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan"), "0.1"])
+def test_dropout_is_a_share(dropout):
+    with pytest.raises(ValueError, match="Expected dropout as a share of at least 0 and below 1"):
+        fp.PosteriorHead(2, Real(1), dropout=dropout)
 
 
 def test_mismatch_names_the_tensor(path):
@@ -305,7 +376,10 @@ def rewrite(path, change):
         (lambda c: c.pop("head"), "Expected the description of a model"),
         (lambda c: c.update(encoder={"type": "Encoder"}), "Expected an encoder of flowpost"),
         (lambda c: c.update(encoder={"type": "annotations"}), "Expected an encoder of flowpost"),
-        (lambda c: c.update(encoder={"type": "Tabular", "x": 1}), "Expected the options of a Tab"),
+        (
+            lambda c: c.update(encoder={"type": "Tabular", "x": 1}),
+            "Tabular.* unexpected keyword argument 'x'",
+        ),
         (lambda c: c["head"].update(bins=5), r"Expected tensor 'head.flow"),
     ],
 )
@@ -316,6 +390,142 @@ def test_descriptions_of_another_version(change, text, tmp_path):
     rewrite(tmp_path / "run", change)
     with pytest.raises(ValueError, match=text):
         fp.load(tmp_path / "run")
+
+
+def nest(config, depth):
+    for _ in range(depth):
+        config = {"type": "Product", "spaces": [["a", config]]}
+    return config
+
+
+REAL = {"type": "Real", "size": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda c: c["head"].update(hidden=10**11), "Expected tensor 'head.flow.*' of shape"),
+        (lambda c: c["head"].update(bins=10**11), "Expected tensor 'head.flow.*' of shape"),
+        (lambda c: c["head"].update(hidden=10**19), "cannot be built"),
+        (lambda c: c["head"].update(hidden=10**4000), "cannot be built"),
+        (lambda c: c["head"].update(layers=10**9), r"at most \d+ pairs"),
+        (lambda c: c["head"].update(layers="aaaa"), "cannot be built"),
+        (lambda c: c["head"].update(hidden=float("inf")), "no model of flowpost"),
+        (lambda c: c["head"].update(dropout=float("nan")), "no model of flowpost"),
+        (lambda c: c["head"].update(hidden="abc"), "cannot be built"),
+        (lambda c: c["head"].update(dropout=1.5), "Expected dropout as a share"),
+        (lambda c: c["head"].update(space=nest(REAL, 60)), "at most 100 levels"),
+        (lambda c: c["head"].update(flow=["spline"]), "Expected flow as one of"),
+        (lambda c: c["head"].update(space=nest(REAL, 300)), "at most 100 levels"),
+        (lambda c: c["head"].update(space={"type": "Real", "size": 10**12}), "label columns"),
+        (
+            lambda c: c["head"].update(
+                space={"type": "Interval", "low": 0, "high": 1, "size": 10**12}
+            ),
+            "label columns; got 1e",
+        ),
+        (lambda c: c["head"].update(space={"type": "Real", "size": [1]}), "cannot be built"),
+        (
+            lambda c: c["head"].update(space={"type": "Product", "spaces": [["a", REAL]] * 2}),
+            "each name of a Product once",
+        ),
+        (lambda c: c.update(head="head"), "cannot be built"),
+        (lambda c: c["encoder"].update(hidden=-3), "cannot be built"),
+        (lambda c: c["encoder"].update(hidden=10**8), "Expected tensor 'encoder.*' of shape"),
+        (lambda c: c["encoder"].update(hidden=10**12), "cannot be built"),
+        (lambda c: c["encoder"].update(layers=10**12), r"at most \d+ layers"),
+        (lambda c: c.update(encoder={"type": "CNN", "blocks": 10**12}), r"at most \d+ blocks"),
+        (lambda c: c.update(encoder="Tabular"), "description of an encoder in .*got 'Tabular'"),
+        (lambda c: c.update(encoder={"type": ["CNN"]}), "Expected an encoder of flowpost"),
+        (lambda c: c.update(kind="Model"), "Expected kind as .*got 'Model'"),
+        (lambda c: c.update(kind=["PosteriorModel"]), "Expected kind as .*got"),
+        (lambda c: c.pop("kind"), "Expected kind as .*got None"),
+        (lambda c: c.update(format_version=0), "Expected format version 1 .*got 0"),
+        (lambda c: c.update(format_version=True), "Expected format version 1 .*got True"),
+    ],
+)
+def test_malformed_descriptions_are_refused_by_name(change, text, tmp_path):
+    fp.save(model_of(fp.encoders.Tabular(2, 4, hidden=8)), tmp_path / "run")
+    rewrite(tmp_path / "run", change)
+    with pytest.raises(ValueError, match=f"(?s){text}") as caught:
+        fp.load(tmp_path / "run")
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [400, 10**5])
+def test_deeply_nested_products_are_refused(depth, tmp_path):
+    fp.save(fp.PosteriorHead(0, Real(1), "diagonal"), tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    config["head"]["space"], config["sha256"] = "SPACE", "0" * 64
+    space = '{"type": "Product", "spaces": [["a", ' * depth + json.dumps(REAL) + "]]}" * depth
+    text = json.dumps(config).replace('"SPACE"', space)
+    weights = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    file.write_text(text.replace("0" * 64, hashlib.sha256(text.encode() + weights).hexdigest()))
+    with pytest.raises(ValueError, match=r"at most 100 levels|recursion") as caught:
+        fp.load(tmp_path / "run")
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_many_coordinates_without_parameters_of_their_own_are_refused(tmp_path):
+    fp.save(fp.PosteriorHead(0, Real(1), "diagonal"), tmp_path / "run")
+    tensors = {"loc": torch.zeros(10**5)}
+    (tmp_path / "run" / "weights.safetensors").write_bytes(io.save_tensors(tensors))
+    rewrite(tmp_path / "run", lambda c: c["head"]["space"].update(size=10**5))
+    with pytest.raises(ValueError, match=r"Expected at most \d+ pairs of coordinates"):
+        fp.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t["head.scale"].neg_(), "positive numbers in tensor 'head.scale'"),
+        (lambda t: t["head.unit"].zero_(), "positive numbers in tensor 'head.unit'"),
+        (lambda t: t["encoder.squash.scale"].zero_(), "positive numbers in tensor 'encoder.sq"),
+        (lambda t: t["head.loc"].fill_(torch.nan), "finite numbers in tensor 'head.loc'"),
+        (lambda t: t["head.flow.bias"].fill_(torch.inf), "finite numbers in tensor 'head.flow.b"),
+        (lambda t: t["encoder.skip.bias"].fill_(torch.nan), "finite numbers in tensor 'encoder"),
+        (lambda t: t.update({"head.scale": t["head.scale"].half()}), "one type of head tensors"),
+        (
+            lambda t: t.update({"encoder.skip.bias": t["encoder.skip.bias"].double()}),
+            "one type of encoder tensors",
+        ),
+        (
+            lambda t: t.update({"head.loc": t["head.loc"].long()}),
+            "'head.loc' of type torch.float32; got torch.int64",
+        ),
+        (
+            lambda t: t.update({"head.fitted": t["head.fitted"].float()}),
+            "'head.fitted' of type torch.bool; got torch.float32",
+        ),
+    ],
+)
+def test_malformed_tensors_are_refused_by_name(change, text, tmp_path):
+    model = model_of(fp.encoders.Tabular(2, 4, hidden=8))
+    fp.save(model, tmp_path / "run")
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    change(tensors)
+    (tmp_path / "run" / "weights.safetensors").write_bytes(io.save_tensors(tensors))
+    rewrite(tmp_path / "run", lambda c: None)
+    with pytest.raises(ValueError, match=text) as caught:
+        fp.load(tmp_path / "run")
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_what_could_not_be_loaded_is_not_saved(path):
+    model = model_of(None)
+    with torch.no_grad():
+        model.head.flow.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"finite numbers in tensor 'head.flow.bias'"):
+        fp.save(model, path)
+    nested = Real(1)
+    for _ in range(60):
+        nested = Product(a=nested)
+    with pytest.raises(ValueError, match="at most 100 levels"):
+        fp.save(fp.PosteriorHead(0, nested, "diagonal"), path)
+    with pytest.raises(ValueError, match=r"can describe in JSON; got .*object.* Build the model"):
+        fp.save(model_of(fp.encoders.Tabular(2, 4, hidden=8, missing=object())), path)
+    assert not path.exists()
 
 
 def test_nothing_there(tmp_path):
@@ -401,6 +611,14 @@ def test_refuses_to_overwrite_other_files(tmp_path):
 def test_refuses_other_modules(tmp_path):
     with pytest.raises(ValueError, match="Expected a PosteriorModel or PosteriorHead; got Linear"):
         fp.save(nn.Linear(2, 2), tmp_path / "run")
+
+    class Tempered(fp.PosteriorHead):
+        pass
+
+    head = Tempered(4, SPACE, layers=1)
+    for model in (head, fp.PosteriorModel(None, head)):
+        with pytest.raises(ValueError, match=r"Expected a PosteriorModel or Post.* .*Tempered"):
+            fp.save(model, tmp_path / "run")
 
 
 def test_global_random_state_is_untouched(path):

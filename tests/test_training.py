@@ -615,3 +615,176 @@ def test_splines_decay_faster():
     assert decay[id(model.head.flow.weight)] == pytest.approx(0.1)
     assert decay[id(model.head.flow.bias)] == 0
     assert len(decay) == len(list(model.parameters()))
+
+
+def test_recurrent_dropout_rests_while_settling_and_comes_back():
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(2, 4, 2, dropout=0.5, batch_first=True)
+            self.rates = []
+
+        def forward(self, x):
+            self.rates.append(self.lstm.dropout)
+            return self.lstm(x[:, None])[0][:, -1]
+
+    net = Net()
+    fit(fp.PosteriorModel(net, fp.PosteriorHead(4, fp.Real(1), "diagonal")), (X, Z), epochs=10)
+    assert set(net.rates) == {0.5, 0.0}
+    assert net.lstm.dropout == 0.5
+
+
+# --------------------------------------------------------------------------- what must not happen
+
+
+def test_labels_do_not_broadcast_over_contexts():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 4)
+
+        def forward(self, x):
+            return self.net(x)[:, None]
+
+    model = fp.PosteriorModel(Keeps(), fp.PosteriorHead(4, fp.Real(1), "diagonal"))
+    with pytest.raises(ValueError, match="Expected one label for each context"):
+        fit(model, (X, Z))
+    with pytest.raises(ValueError, match="Expected one label for each context"):
+        model.head.loss(torch.randn(1, 4), Z)
+
+
+def test_a_divergence_ends_the_training_with_the_best_weights():
+    def runaway(optimizer, steps):
+        rate = torch.optim.lr_scheduler.LambdaLR
+        return rate(optimizer, lambda i: 1.0 if i < 12 else 1e30)
+
+    model = fp.PosteriorModel(None, fp.PosteriorHead(0, fp.Real(1), "diagonal"))
+    with pytest.warns(UserWarning, match="diverged in epoch"):
+        history = fp.fit(
+            model, Z, val=Z, epochs=30, batch_size=40, schedule=runaway, progress=False
+        )
+    assert history.best.epoch <= 5
+    assert math.isfinite(history.best.val_nll)
+    assert not history.stopped_early
+    assert -model(None).log_prob(Z).mean().item() == pytest.approx(history.best.val_nll, abs=1e-4)
+
+
+def test_validation_without_weight_is_an_error():
+    x, z = events(60, seed=1)
+    with pytest.raises(ValueError, match="Expected validation weights with a positive sum"):
+        fit(model_of(), (X, Z), val=(x, z, torch.zeros(60)))
+
+
+def test_history_of_weighted_events():
+    u = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    u[2000:] *= 3
+    w = torch.ones(4000)
+    w[2000:] = 1e-6
+    model = fp.PosteriorModel(None, fp.PosteriorHead(0, fp.Real(1), "diagonal"))
+    data = {"z": u, "weight": w}
+    history = fp.fit(model, data, val=data, epochs=10, progress=False)
+    cov = fp.coverage(model(None).to_base(u), weight=w)
+    assert history.best.coverage68 == pytest.approx(cov.coverage_at(0.682689), abs=1e-3)
+    assert history.best.coverage68 == pytest.approx(0.68, abs=0.04)
+
+
+def test_a_shuffling_loader_resumes_with_its_order(tmp_path):
+    def loaders():
+        data = TensorDataset(X, Z)
+        return DataLoader(data, batch_size=40, shuffle=True), events(60, seed=1)
+
+    file, whole, resumed = tmp_path / "run.ckpt", model_of(), model_of(seed=5)
+    fp.fit(whole, *loaders(), epochs=5, progress=False)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fp.fit(model_of(), *loaders(), epochs=5, checkpoint=file, callbacks=[Interrupt(3)],
+               progress=False)  # fmt: skip
+    fp.fit(resumed, *loaders(), epochs=5, checkpoint=file, progress=False)
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_run_that_stopped_early_is_not_trained_on(tmp_path):
+    options = {"epochs": 40, "lr": 0.3, "schedule": None, "patience": 2}
+    file = tmp_path / "run.ckpt"
+    first, again = model_of(), model_of(seed=3)
+    expected = fit(first, (X, Z), checkpoint=file, **options)
+    history = fit(again, (X, Z), checkpoint=file, **options)
+    assert history["val_nll"] == expected["val_nll"]
+    assert history.stopped_early
+    assert equal(first.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"epochs": 6}, r"begun with \(epochs=3\); got 6"),
+        ({"lr": 1e-4}, r"begun with \(lr=0.01\); got 0.0001"),
+        ({"schedule": None}, r"begun with \(schedule='one-cycle'\); got None"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, text):
+    options = {"epochs": 3, "lr": 1e-2, "checkpoint": tmp_path / "run.ckpt"}
+    fit(model_of(), (X, Z), **options)
+    with pytest.raises(ValueError, match=text):
+        fit(model_of(), (X, Z), **{**options, **changed})
+
+
+def test_a_checkpoint_of_another_model_or_place_is_refused(tmp_path):
+    fit(model_of(), (X, Z), checkpoint=tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"begun with \(another model\)"):
+        fit(model_of(flow="spline"), (X, Z), checkpoint=tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        fit(model_of(), (X, Z), checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="checkpoint without a Trainer"):
+        fit(model_of(), (X, Z), checkpoint="run.ckpt", trainer=pl.Trainer(logger=False))
+
+
+def test_frozen_networks_stay_as_they_are():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    net.requires_grad_(False).eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    fit(fp.PosteriorModel(net, fp.PosteriorHead(4, fp.Real(1), "diagonal")), (X + 3, Z), epochs=3)
+    assert equal(before, net.state_dict())
+
+
+def test_parameters_thawed_by_a_callback_are_averaged():
+    class Thaw(pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                model.encoder.requires_grad_(True)
+                some = {"params": list(model.encoder.parameters()), "lr": 1e-3}
+                trainer.optimizers[0].add_param_group(some)
+
+    model = model_of()
+    before = model.encoder.skip.weight.detach().clone()
+    model.encoder.requires_grad_(False)
+    fit(model, (X, Z), epochs=3, schedule=None, callbacks=[Thaw()])
+    assert not torch.equal(model.encoder.skip.weight, before)
+
+
+@pytest.mark.parametrize("snapshots", [3, (0,), (1, 9)])
+def test_snapshots_that_cannot_be(snapshots):
+    with pytest.raises(ValueError, match="Expected snapshots"):
+        fit(model_of(), (X, Z), epochs=2, snapshots=snapshots)
+
+
+def test_a_bad_label_is_named_by_its_row():
+    z = Z.clone()
+    z[17] = math.nan
+    with pytest.raises(ValueError, match="row 17, column"):
+        fp.fit(model_of(), (X, z), val=0.3, progress=False)
+
+
+def test_double_inputs_of_a_network_of_ones_own():
+    net = nn.Linear(2, 4)
+    model = fp.PosteriorModel(net, fp.PosteriorHead(4, fp.Real(1), "diagonal"))
+    x, z = events(60, seed=1)
+    fit(model, (X.double().numpy(), Z.double()), val=(x.double(), z))
+    assert model(x.double()).log_prob(z).dtype == torch.float32
+
+
+def test_advice_after_a_training():
+    short = fit(model_of(dropout=0.0), (X, Z), val=(X, Z), epochs=4, lr=3e-2, schedule=None)
+    assert "more epochs may help" in str(short)

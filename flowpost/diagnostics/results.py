@@ -80,7 +80,10 @@ class LevelCoverage:
         return float((self.empirical - self.nominal).abs().max())
 
     def verdict(self) -> str:
-        """Return what the numbers say in one sentence; alarms are raised at 1 %."""
+        """Return what the numbers say in one sentence.
+
+        The alarm is raised at 1 % for the two tests together, 0.5 % for each.
+        """
         if min(1.0, 2 * min(self.ks_pvalue, self.ad_pvalue)) >= _ALARM:
             return "consistent with the nominal coverage"
         excess = (self.mean_level - 0.5) * math.sqrt(12 * self.effective_count)
@@ -184,6 +187,14 @@ class Coverage(LevelCoverage):
             i, j, r = self.largest_correlation()
             if abs(r) * root > 5:
                 found.append(f"{self.names[i]} and {self.names[j]} are correlated ({r:+.3f})")
+        wrong_bins = [
+            f"{low:.4g} to {high:.4g} {LevelCoverage.verdict(part).split(' (')[0]}"
+            for low, high, part in self.binned
+            if 2 * min(part.ks_pvalue, part.ad_pvalue) < _ALARM / len(self.binned)
+        ]
+        if wrong_bins:
+            more = f" and {len(wrong_bins) - 2} more" if len(wrong_bins) > 2 else ""
+            found.append("in bins: " + ", ".join(wrong_bins[:2]) + more)
         if len(found) > 1 and found[0].startswith("consistent"):
             found[0] += " in ‖u‖², but"
             return found[0] + " " + "; ".join(found[1:])

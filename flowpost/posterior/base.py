@@ -22,6 +22,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from .._checks import as_tensor
+from .._normal import ndtr
 from ..flows import BoundFlow
 from ..spaces import Scale, Space, SpaceConstraint
 from .statistics import CHUNK, Statistics
@@ -298,16 +299,19 @@ class Posterior(Statistics, Distribution):
             NotImplementedError: If there is more than one label.
         """
         self._line()
-        return torch.special.ndtr(self.to_base(value).squeeze(-1))
+        return ndtr(self.to_base(value).squeeze(-1))
 
     def icdf(self, value: Any) -> Tensor:
         """Quantiles (*sample, *batch_shape, 1) of a single label at levels (*sample, *batch_shape).
 
         Raises:
+            ValueError: If a level is not in (0, 1).
             NotImplementedError: If there is more than one label.
         """
         self._line()
         levels = as_tensor(value, "levels", like=self._flow.location)
+        if not bool(((levels > 0) & (levels < 1)).all()):
+            raise ValueError("Expected levels between 0 and 1; got one on or outside the bounds.")
         return self.from_base(torch.special.ndtri(levels).unsqueeze(-1))
 
     # ------------------------------------------------------------------ draws

@@ -186,6 +186,9 @@ class Product(Space):
 
     @classmethod
     def _build(cls, options: dict[str, Any]) -> Space:
+        names = [name for name, _ in options["spaces"]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Expected each name of a Product once; got {names}. Rename one.")
         return cls(**{name: space_from_config(config) for name, config in options["spaces"]})
 
     def _by_column(self, parts: list[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import as_tensor, check_finite, check_positive_int
+from .._normal import ndtr
 from .base import Scale, Space
 
 __all__ = ["Interval", "Positive", "Real"]
@@ -200,7 +201,7 @@ class Interval(Space):
         y = scale.loc + r * scale.scale
         a, b = self._bounds(r)
         upper = y > 0
-        tail = torch.special.ndtr(torch.where(upper, -y, y)) * (b - a)
+        tail = ndtr(torch.where(upper, -y, y)) * (b - a)
         z = torch.where(upper, b - tail, a + tail)
         z = torch.maximum(torch.minimum(z, torch.nextafter(b, a)), torch.nextafter(a, b))
         return z, torch.log(b - a) + torch.log(scale.scale) - y**2 / 2 - _HALF_LOG_2PI

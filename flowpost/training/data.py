@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, random_split
 
 from .._checks import as_tensor
@@ -93,7 +97,10 @@ class TensorEvents(Dataset):
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of indices in an order that depends on seed and epoch only."""
+    """Batches of indices in an order that depends on seed and epoch only.
+
+    Their sizes differ by one at most, so that no epoch ends in a tiny batch.
+    """
 
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
@@ -114,7 +121,7 @@ class EpochBatches(Sampler[list[int]]):
             order = torch.randperm(self.size, generator=generator)
         else:
             order = torch.arange(self.size)
-        yield from (part.tolist() for part in order.split(self.batch_size))
+        yield from (part.tolist() for part in order.tensor_split(len(self)))
 
 
 def loader(data: Any, batch_size: int, seed: int, shuffle: bool, workers: int = 0) -> DataLoader:
@@ -167,8 +174,64 @@ def split(data: Any, val: Any, seed: int) -> tuple[Any, Any]:
     return part[0], part[1]
 
 
+def _nested(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return not all(isinstance(v, Number) for v in value)
+    return isinstance(value, Mapping)
+
+
+def _tells_padding(value: Any) -> bool:
+    """Whether it can be lengths (N,) or a mask (N, M): whole numbers or booleans."""
+    if value is None or _nested(value):
+        return False
+    tensor = torch.as_tensor(value)
+    return tensor.ndim <= 2 and not tensor.is_floating_point()
+
+
+def _joined(values: list[Any], sizes: list[int], padded: bool = False) -> Any:
+    """Inputs of several batches as those of one.
+
+    Tensors (N, M, …) are padded with zeros to the longest M, beside what tells it from elements.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: If they do not fit together.
+    """
+    first = values[0]
+    if first is None and all(v is None for v in values):
+        return None
+    if isinstance(first, PackedSequence):
+        events: list[Tensor] = []
+        for value in values:
+            data, lengths = pad_packed_sequence(value, batch_first=True)
+            events += [event[:n] for event, n in zip(data, lengths.tolist(), strict=True)]
+        if len(events) != sum(sizes):
+            raise ValueError("Expected as many sequences as labels.")
+        return pack_sequence(events, enforce_sorted=False)
+    if isinstance(first, Mapping):
+        if any(set(v) != set(first) for v in values):
+            raise ValueError("Expected the same keys in all batches.")
+        told = any(_tells_padding(v) for v in first.values())
+        return {k: _joined([v[k] for v in values], sizes, told) for k in first}
+    if _nested(first):
+        told = any(_tells_padding(v) for v in first)
+        return tuple(_joined(list(v), sizes, told) for v in zip(*values, strict=True))
+    tensors = [torch.as_tensor(v) for v in values]
+    if any(not t.ndim or len(t) != n for t, n in zip(tensors, sizes, strict=True)):
+        raise ValueError("Expected as many inputs as labels.")
+    if padded and tensors[0].ndim > 1:
+        longest = max(t.shape[1] for t in tensors)
+        tensors = [pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) for t in tensors]
+    return torch.cat(tensors)
+
+
 def sample_of(data: Any, batches: DataLoader) -> Batch:
-    """Events from which scales are found: all of the tensors, or the first 50 000 of a loader."""
+    """Events from which scales are found: all of the tensors, or the first 50 000 of a loader.
+
+    Inputs that cannot be joined over batches are those of the first batch.
+
+    Raises:
+        ValueError: If the loader is empty.
+    """
     if isinstance(data, Batch) or not isinstance(data, (Dataset, DataLoader)):
         return TensorEvents(to_batch(data)).batch
     found: list[Batch] = []
@@ -189,6 +252,8 @@ def sample_of(data: Any, batches: DataLoader) -> Batch:
     if found[0].mask is not None:
         mask = torch.cat([torch.as_tensor(b.mask) for b in found])
     inputs = found[0].x
-    if isinstance(inputs, Tensor) and all(b.x.shape[1:] == inputs.shape[1:] for b in found):
-        inputs = torch.cat([b.x for b in found])
+    if len(found) > 1:
+        # a form that only the encoder knows stays its first batch
+        with suppress(RuntimeError, TypeError, ValueError):
+            inputs = _joined([b.x for b in found], [len(b.z) for b in found])
     return Batch(inputs, labels, weights, mask)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from .._checks import check_positive_int, require
+from .._checks import as_tensor, check_positive_int, require
 from ..head import PosteriorHead, PosteriorModel
-from .data import Batch, EpochBatches, loader, sample_of, split
+from .data import Batch, EpochBatches, loader, sample_of, split, to_batch
 from .history import Epoch, History
 from .module import Schedule, module_class, one_cycle
 
@@ -77,15 +78,16 @@ def fit(
         gradient_clip: Largest norm of a step's gradient, or None.
         signed_weights: Allow negative event weights.
         checkpoint: A file that holds the state after each epoch; if it exists the run goes on from
-            there.
+            there, with the same options and data.
         snapshots: Epochs, counted from 1, whose validated weights `History.snapshots` keeps.
         precision: As Lightning's, for example `"16-mixed"` or `"bf16-mixed"`.
         logger: A Lightning logger, of the epochs before the settling.
         callbacks: Lightning callbacks, of the epochs before the settling.
         workers: Processes that load a `Dataset`.
         progress: Show a progress bar.
-        trainer: A Lightning `Trainer` of your own, in place of all options from `gradient_clip` on;
-            nothing settles then.
+        trainer: A Lightning `Trainer` of your own, in place of `epochs`, `patience`,
+            `gradient_clip`, `checkpoint`, `precision`, `logger`, `callbacks` and `progress`;
+            nothing settles then, and its own checkpoints hold weights that are not averaged.
 
     Returns:
         NLL and coverage of every epoch.
@@ -102,12 +104,19 @@ def fit(
         )
     require("lightning.pytorch", "train")
     check_positive_int(epochs, "epochs")
+    if trainer is not None and checkpoint is not None:
+        raise ValueError(
+            "Expected checkpoint without a Trainer of your own; got both. Give the Trainer a "
+            "ModelCheckpoint."
+        )
+    wanted = _snapshots(snapshots, epochs if trainer is None else None)
+    _check_labels(model.head, train)
     check_positive_int(batch_size, "batch_size")
     train, val = split(train, val, seed)
     batches = loader(train, batch_size, seed, shuffle=True, workers=workers)
     held = loader(val, max(batch_size, 1024), seed, shuffle=False, workers=workers)
     module = module_class()(model, lr, weight_decay, _schedule(schedule), seed, signed_weights)
-    module.wanted = frozenset(snapshots)
+    module.wanted = wanted
     home = next(model.parameters()).device
     with _forked(), _quiet():
         settle = epochs // _SETTLE_SHARE if trainer is None else 0
@@ -124,30 +133,59 @@ def fit(
             )
         torch.manual_seed(seed)
         _fit_scales(model, train, batches)
+        module.options = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "seed": seed,
+            "weight_decay": weight_decay,
+            "schedule": schedule if schedule is None or isinstance(schedule, str) else "function",
+            "events": getattr(batches.dataset, "__len__", lambda: -1)(),
+            "model": {k: list(v.shape) for k, v in model.state_dict().items()},
+        }
         options: dict[str, Any] = {}
+        kept = None
         if checkpoint is not None and Path(checkpoint).exists():
-            _start_epoch(batches, checkpoint)
+            kept = _read(checkpoint, module.options)
+            _start_epoch(batches, len(kept["rows"]))
             options = {"ckpt_path": str(checkpoint), "weights_only": True}
+        module._seed(len(kept["rows"]) if kept else 0)
         flow = model.head.flow
         before, flow.dropout = flow.dropout, _dropout(model.head)
         try:
-            model.train()
-            trainer.fit(module, batches, held, **options)
-            stopped = len(module.rows) < (trainer.max_epochs or 0)
-            if settle and not trainer.interrupted:
+            _train_mode(model)
+            if kept and kept["stopped"]:
+                module.on_load_checkpoint({"flowpost": kept})
+                stopped = True
+            else:
+                trainer.fit(module, batches, held, **options)
+                stopped = trainer.should_stop and not module.diverged
+            if settle and module.best_state and not (module.diverged or trainer.interrupted):
                 module.settle()
                 _trainer(settle, **common).fit(module, batches, held)
         finally:
             flow.dropout = before
             module.restore_best()
             model.to(home).eval()
+    if module.diverged:
+        warnings.warn(
+            f"The training diverged in epoch {len(module.rows)}; the model has the weights of "
+            f"epoch {module.best_epoch}. A lower lr helps.",
+            stacklevel=2,
+        )
+    if module.rows and module.best_state is None:
+        raise ValueError(
+            "Expected a finite validation NLL in some epoch; got none. Lower lr, and look for "
+            "extreme inputs."
+        )
     if not module.rows:
         raise ValueError(
             "Expected at least one epoch with a validation; got none. Look at the Trainer's limits."
         )
     rows = tuple(Epoch(**row) for row in module.rows)
-    best = next(r for r in rows if r.epoch == module.best_epoch)
-    return History(rows, best, stopped_early=stopped, snapshots=module.snapshots)
+    best = next(r for r in reversed(rows) if r.epoch == module.best_epoch)
+    settled = settle if module.settling else 0
+    return History(rows, best, stopped, settled=settled, snapshots=module.snapshots)
 
 
 def _dropout(head: PosteriorHead) -> float:
@@ -155,18 +193,68 @@ def _dropout(head: PosteriorHead) -> float:
     return _DROPOUT if chosen is None else chosen
 
 
-def _start_epoch(batches: Any, checkpoint: str | os.PathLike[str]) -> None:
-    """Begin a resumed run with the order of its epoch; Lightning takes the first batch earlier."""
+def _read(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any]:
+    """What fit keeps in a checkpoint, begun with the same options."""
     try:
-        done = torch.load(checkpoint, map_location="cpu", weights_only=True)["flowpost"]["rows"]
-    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        kept = torch.load(checkpoint, map_location="cpu", weights_only=True)["flowpost"]
+        begun = dict(kept["options"])
+    except (KeyError, TypeError, RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(
             f"Expected {os.fspath(checkpoint)} as a checkpoint of flowpost.fit; it cannot be read "
             f"as one ({error}). Remove the file or name another."
         ) from error
+    for name, value in options.items():
+        if begun.get(name) != value:
+            was = "another model" if name == "model" else f"{name}={begun.get(name)!r}"
+            now = "this one" if name == "model" else f"{value!r}"
+            raise ValueError(
+                f"Expected the run that {os.fspath(checkpoint)} was begun with ({was}); got {now}. "
+                "A run goes on as it began: use its options and data, or name another file."
+            )
+    return kept
+
+
+def _start_epoch(batches: Any, done: int) -> None:
+    """Begin a resumed run with the order of its epoch; Lightning takes the first batch earlier."""
     for order in (batches.sampler, batches.batch_sampler):
         if isinstance(order, EpochBatches):
-            order.set_epoch(len(done))
+            order.set_epoch(done)
+
+
+def _snapshots(epochs: Any, last: int | None) -> frozenset[int]:
+    try:
+        wanted = frozenset(int(e) for e in epochs)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected snapshots as epochs, such as (1, 10); got {epochs!r}."
+        ) from error
+    if any(e < 1 or (last is not None and e > last) for e in wanted):
+        raise ValueError(f"Expected snapshots between 1 and {last}; got {sorted(wanted)}.")
+    return wanted
+
+
+def _check_labels(head: PosteriorHead, train: Any) -> None:
+    """Refuse labels before they are divided and shuffled, for the error names their row."""
+    if isinstance(train, (Dataset, DataLoader)):
+        return
+    batch = to_batch(train)
+    z = head._columns(as_tensor(batch.z, "labels"))
+    if batch.mask is None:
+        head.space.validate(z)
+
+
+def _train_mode(model: PosteriorModel) -> None:
+    """Training mode, but for modules whose parameters are all frozen: they stay as they are."""
+    frozen = [
+        m
+        for m in model.modules()
+        if not m.training
+        and any(True for _ in m.parameters())
+        and not any(p.requires_grad for p in m.parameters())
+    ]
+    model.train()
+    for m in frozen:
+        m.eval()
 
 
 def _schedule(schedule: str | Schedule | None) -> Schedule | None:
@@ -249,6 +337,11 @@ def _keep_state(lightning: Any, path: Path) -> Any:
             trainer.save_checkpoint(partial)
             os.replace(partial, path)
 
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            # Lightning decides to stop early after the state of the epoch was written
+            if trainer.should_stop:
+                self.on_train_epoch_end(trainer, module)
+
     return KeepState()
 
 
@@ -270,7 +363,9 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*training_step. returned .None.*")
             warnings.filterwarnings("ignore", ".*treespec.*")
+            warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
             warnings.filterwarnings("ignore", ".*number of training batches.*")
             yield

@@ -10,6 +10,10 @@ from torch import Tensor
 
 __all__ = ["Epoch", "History"]
 
+# nats gained in the last tenth of the epochs, and the p-value, from which there is advice
+_STILL_IMPROVING = 0.02
+_ALARM = 0.01
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -46,6 +50,7 @@ class History:
         epochs: Numbers of each epoch.
         best: The epoch whose weights the model has.
         stopped_early: Whether the validation loss had stopped improving.
+        settled: How many of the last epochs settled the weights of the best one before.
         snapshots: Weights of the epochs that `fit(snapshots=…)` named, for
             `model.load_state_dict`.
     """
@@ -53,6 +58,7 @@ class History:
     epochs: tuple[Epoch, ...]
     best: Epoch
     stopped_early: bool
+    settled: int = 0
     snapshots: Mapping[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> list[float]:
@@ -68,12 +74,29 @@ class History:
 
     def __str__(self) -> str:
         b = self.best
+        advice = self._advice()
         end = "stopped early" if self.stopped_early else "complete"
         return (
             f"{len(self.epochs)} epochs in {self.epochs[-1].seconds:.1f} s, {end}; kept epoch "
             f"{b.epoch}: validation NLL {b.val_nll:.4f} nats, coverage {100 * b.coverage68:.1f} % "
             f"of 68.3 %, {100 * b.coverage90:.1f} % of 90 %, KS p = {b.ks_pvalue:.3g}"
+            + (f"\n{advice}" if advice else "")
         )
+
+    def _advice(self) -> str:
+        main = self.epochs[: len(self.epochs) - self.settled]
+        before = [e.val_nll for e in main[: max(1, len(main) * 9 // 10)]]
+        if len(main) > 1 and min(before) - main[-1].val_nll > _STILL_IMPROVING:
+            return "The validation NLL was still falling: more epochs may help."
+        if self.best.ks_pvalue < _ALARM:
+            low = self.best.coverage68 < 0.682689
+            cure = (
+                "more events, more dropout or a lower rung of the flow"
+                if low
+                else "more epochs, or a higher rung of the flow"
+            )
+            return f"The validation events are {'under' if low else 'over'}-covered: try {cure}."
+        return ""
 
     def plot(self, ax: Any = None) -> Any:
         """NLL and coverage against epoch; see `flowpost.plots.plot_history`."""

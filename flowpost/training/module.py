@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import require
 from .._weights import check_weights, weighted_mean
-from ..diagnostics import ks_uniform
+from ..diagnostics import LevelCoverage, level_coverage
 from ..encoders import Encoder
 from ..head import PosteriorModel
 from .data import to_batch
@@ -76,11 +76,17 @@ def module_class() -> type:
             self.average: list[Tensor] | None = None
             self.wanted: frozenset[int] = frozenset()
             self.snapshots: dict[int, dict[str, Tensor]] = {}
+            self.options: dict[str, Any] = {}
             self.settling = False
+            self.diverged = False
+            self._offset = 0
+            self._own_dropout: list[tuple[Any, float]] = []
+            self._rate = 1.0
+            self._first = True
             self._before = 0.0
             self._start = time.monotonic()
             self._sums = {"train": [0.0, 0.0], "val": [0.0, 0.0]}
-            self._base: list[Tensor] = []
+            self._levels: list[Tensor] = []
 
         def _parameters_of(self, own: bool) -> list[torch.nn.Parameter]:
             """Parameters of flowpost's head and encoders, or of the user's encoder."""
@@ -113,6 +119,9 @@ def module_class() -> type:
             groups = self._groups()
             if self.settling:
                 groups = [{**g, "lr": g["lr"] * _SETTLE_RATE, "weight_decay": 0.0} for g in groups]
+            if not groups:
+                raise ValueError("Expected parameters to learn; all of them are frozen.")
+            self._rate = _OWN_RATE if groups[0]["lr"] > self.lr or self.settling else 1.0
             # Lightning does not clip gradients of a fused optimizer under mixed precision
             fused = "mixed" not in str(self.trainer.precision)
             optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
@@ -130,6 +139,12 @@ def module_class() -> type:
         def on_train_epoch_start(self) -> None:
             """Forget the sums of the last epoch."""
             self._sums["train"] = [0.0, 0.0]
+            # the order of a user's shuffling loader; Lightning made the first iterator of this run
+            # before, with one draw that those of later epochs take from here on
+            self._seed(self.current_epoch)
+            if self._first:
+                torch.empty((), dtype=torch.int64).random_()
+                self._first = False
             if self.settling:
                 self._quieten()
             if self.average is not None:
@@ -138,14 +153,18 @@ def module_class() -> type:
 
         def on_train_batch_start(self, batch: Any, index: int) -> None:
             """Start the random numbers of the step, so that a resumed run repeats them."""
-            seed = self.seed * 1_000_003 + self.global_step + self.settling * 500_009
+            self._seed(self.trainer.fit_loop.total_batch_idx + self.settling * 500_009)
+
+        def _seed(self, count: int) -> None:
+            seed = self.seed * 1_000_003 + count
             # torch.manual_seed formats a stack trace for every kind of device
             torch.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
 
         def _learned(self) -> list[Tensor]:
-            return [p.data for p in self.model.parameters() if p.requires_grad]
+            # frozen ones too: a callback may thaw them
+            return [p.data for p in self.model.parameters()]
 
         def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
             """Follow the weights by their running average."""
@@ -173,28 +192,37 @@ def module_class() -> type:
             sums[0] -= float((w * log_prob).double().sum())
             sums[1] += float(w.double().sum())
 
-        def training_step(self, data: Any, index: int) -> Tensor:
-            """Joint KL of a batch."""
+        def training_step(self, data: Any, index: int) -> Tensor | None:
+            """Joint KL of a batch; None, and the end of the training, where it is not finite."""
             batch = to_batch(data)
             log_prob = self.model.head.log_prob(self.model.encode(batch.x), batch.z, batch.mask)
-            self._add("train", log_prob.detach(), batch.weight)
             loss = weighted_mean(-log_prob, batch.weight, self.signed_weights)
+            if not bool(torch.isfinite(loss)):
+                self.diverged = self.trainer.should_stop = True
+                return None
+            self._add("train", log_prob.detach(), batch.weight)
             if self.logger is not None or self.trainer.progress_bar_callback is not None:
                 self.log("train_nll", loss.detach(), prog_bar=True, batch_size=len(log_prob))
             return loss
 
         def on_validation_epoch_start(self) -> None:
             """Forget the sums of the last validation."""
-            self._sums["val"], self._base = [0.0, 0.0], []
+            self._sums["val"], self._levels = [0.0, 0.0], []
             self._swap()
 
         def validation_step(self, data: Any, index: int) -> None:
-            """Log density and base coordinates of a batch."""
+            """Log density and credible levels of a batch; events with missing labels have none."""
             batch = to_batch(data)
             context = self.model.encode(batch.x)
             if batch.mask is None:
-                u, log_prob = self.model.head(context).to_base_and_log_prob(batch.z)
-                self._base.append(u.detach().cpu())
+                u, log_prob = self.model.head.to_base_and_log_prob(context, batch.z)
+                u, weight = u.detach().double().cpu(), batch.weight
+                half = u.new_tensor(u.shape[-1] / 2)
+                level = torch.special.gammainc(half, u.square().sum(-1) / 2)
+                w = torch.ones_like(level)
+                if weight is not None:
+                    w = torch.as_tensor(weight).detach().double().cpu()
+                self._levels.append(torch.stack([level, w], -1))
             else:
                 log_prob = self.model.head.log_prob(context, batch.z, batch.mask)
             self._add("val", log_prob, batch.weight)
@@ -205,28 +233,29 @@ def module_class() -> type:
                 self._swap()
                 return
             nll, total = self._sums["val"]
-            nll = nll / total if total else math.nan
+            if not total > 0:
+                raise ValueError(
+                    f"Expected validation weights with a positive sum; got {total:g}. Give other "
+                    "validation events."
+                )
+            nll = nll / total
             self.log("val_nll", nll, prog_bar=True)
-            levels = torch.zeros(0)
-            if self._base:
-                u = torch.cat(self._base).double()
-                half = u.new_tensor(u.shape[-1] / 2)
-                levels = torch.special.gammainc(half, u.square().sum(-1) / 2)
+            coverage = self._coverage()
 
             def within(level: float) -> float:
-                return float((levels <= level).double().mean()) if len(levels) else math.nan
+                return math.nan if coverage is None else coverage.coverage_at(level)
 
-            ks = ks_uniform(levels)[1] if len(levels) else math.nan
+            ks = math.nan if coverage is None else coverage.ks_pvalue
             seen, weight = self._sums["train"]
             row = Epoch(
-                epoch=len(self.rows) + 1,
+                epoch=self._offset + self.current_epoch + 1,
                 train_nll=seen / weight if weight else math.nan,
                 val_nll=nll,
                 coverage50=within(0.5),
                 coverage68=within(0.682689),
                 coverage90=within(0.9),
                 ks_pvalue=float(ks),
-                lr=float(self.optimizers().param_groups[0]["lr"]) / _OWN_RATE,
+                lr=float(self.optimizers().param_groups[0]["lr"]) / self._rate,
                 seconds=self._before + time.monotonic() - self._start,
             )
             if self.logger is not None:
@@ -234,12 +263,20 @@ def module_class() -> type:
             self.rows.append(asdict(row))
             # a settled model counts as better where it is as good: its widths fit its weights
             allowance = _SETTLE_LOSS if self.settling else 0.0
-            if not nll >= self.best_nll + allowance:
+            if math.isfinite(nll) and nll < self.best_nll + allowance:
                 self.best_nll, self.best_epoch = min(nll, self.best_nll), row.epoch
                 self.best_state = self._state()
             if row.epoch in self.wanted:
                 self.snapshots[row.epoch] = {k: v.cpu() for k, v in self._state().items()}
             self._swap()
+
+        def _coverage(self) -> LevelCoverage | None:
+            if not self._levels:
+                return None
+            level, weight = torch.cat(self._levels).unbind(-1)
+            if not bool(torch.isfinite(level).all()) or bool((weight < 0).any()):
+                return None
+            return level_coverage(level.clamp(0, 1), weight=weight)
 
         def _state(self) -> dict[str, Tensor]:
             return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -253,6 +290,8 @@ def module_class() -> type:
                 "best_state": self.best_state,
                 "average": self.average,
                 "snapshots": self.snapshots,
+                "options": self.options,
+                "stopped": self.trainer.should_stop,
             }
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -273,18 +312,24 @@ def module_class() -> type:
         def settle(self) -> None:
             """Begin the last epochs: from the best weights, at a low rate and without dropout."""
             self.restore_best()
-            self.settling = True
+            self.settling, self._offset = True, int(self.rows[-1]["epoch"])
             self.average = [p.clone() for p in self._learned()]
 
         def _quieten(self) -> None:
-            """Set all but recurrent layers, whose gradient needs it, to evaluation mode."""
+            """Evaluation mode; recurrent layers, whose gradient needs the other, lose dropout."""
             self.model.eval()
+            module: Any
             for module in self.model.modules():
                 if isinstance(module, torch.nn.RNNBase):
+                    self._own_dropout.append((module, module.dropout))
                     module.train()
+                    module.dropout = 0.0
 
         def restore_best(self) -> None:
-            """Put the best weights into the model."""
+            """Put the best weights, and what the settling changed, into the model."""
+            for module, rate in reversed(self._own_dropout):
+                module.dropout = rate
+            self._own_dropout = []
             if self.best_state is not None:
                 self.model.load_state_dict(self.best_state)
 
