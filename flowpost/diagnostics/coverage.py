@@ -45,7 +45,7 @@ def coverage(
         levels: Number of nominal credibilities, or the credibilities themselves.
         by: A property of the events (N,), to see coverage in bins of it.
         bins: Edges of those bins, or the number of quantile bins (5 by default). Bins are closed
-            at the lower edge, the last one at both.
+            at the lower edge, the last one at both; events outside the edges are in none.
         names: What the base coordinates are called, d of them.
 
     Raises:
