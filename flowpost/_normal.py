@@ -1,4 +1,4 @@
-"""The normal distribution in the tails, where torch's float32 functions lose it."""
+"""Distribution functions of the normal base: one coordinate's, and that of ‖u‖²."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["ndtr"]
+__all__ = ["chi2_level", "ndtr"]
+
+
+def chi2_level(u: Tensor) -> Tensor:
+    """Credible level F_χ²_d(‖u‖²) of base coordinates (..., d), of shape (...)."""
+    return torch.special.gammainc(u.new_tensor(u.shape[-1] / 2), u.square().sum(-1) / 2)
 
 
 def ndtr(y: Tensor) -> Tensor:

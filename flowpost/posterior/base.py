@@ -22,7 +22,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from .._checks import as_tensor
-from .._normal import ndtr
+from .._normal import chi2_level, ndtr
 from ..flows import BoundFlow
 from ..spaces import Scale, Space, SpaceConstraint
 from .statistics import CHUNK, Statistics
@@ -278,8 +278,7 @@ class Posterior(Statistics, Distribution):
             Level in (0, 1) of shape (*sample, *batch_shape); uniform at the truth where the
             posterior is calibrated.
         """
-        u = self.to_base(value)
-        return torch.special.gammainc(u.new_tensor(self.dof / 2), u.square().sum(-1) / 2)
+        return chi2_level(self.to_base(value))
 
     @property
     def _scale(self) -> Scale:

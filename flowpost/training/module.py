@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import require
+from .._checks import as_tensor, require
+from .._normal import chi2_level
 from .._weights import check_weights, weighted_mean
 from ..diagnostics import LevelCoverage, level_coverage
 from ..encoders import Encoder
@@ -81,12 +82,11 @@ def module_class() -> type:
             self.diverged = False
             self._offset = 0
             self._own_dropout: list[tuple[Any, float]] = []
-            self._rate = 1.0
             self._first = True
             self._before = 0.0
             self._start = time.monotonic()
             self._sums = {"train": [0.0, 0.0], "val": [0.0, 0.0]}
-            self._levels: list[Tensor] = []
+            self._base: list[tuple[Tensor, Tensor]] = []
 
         def _parameters_of(self, own: bool) -> list[torch.nn.Parameter]:
             """Parameters of flowpost's head and encoders, or of the user's encoder."""
@@ -97,31 +97,30 @@ def module_class() -> type:
             return ours if own else [p for p in self.parameters() if id(p) not in kept]
 
         def _groups(self) -> list[dict[str, Any]]:
+            """Parameters by rate, in units of `lr`, and decay."""
             groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+            scale = _SETTLE_RATE if self.settling else 1.0
             dof = self.model.head.space.dof
             factor = {
                 id(p): max(1.0, dof * _SPLINE_DECAY.get(name.rpartition(".")[2], 0.0))
                 for name, p in self.model.head.named_parameters()
             }
             for own in (True, False):
-                lr = self.lr * (_OWN_RATE if own else 1.0)
+                rate = _OWN_RATE if own else 1.0
                 for p in self._parameters_of(own):
                     decay = self.weight_decay * factor.get(id(p), 1.0) if p.ndim > 1 else 0.0
                     if p.requires_grad:
-                        groups.setdefault((lr, decay), []).append(p)
+                        groups.setdefault((rate, decay * (not self.settling)), []).append(p)
             return [
-                {"params": some, "lr": lr, "weight_decay": decay}
-                for (lr, decay), some in groups.items()
+                {"params": some, "lr": self.lr * rate * scale, "rate": rate, "weight_decay": decay}
+                for (rate, decay), some in groups.items()
             ]
 
         def configure_optimizers(self) -> Any:
             """AdamW, decaying matrices only, with the schedule stepped each batch."""
             groups = self._groups()
-            if self.settling:
-                groups = [{**g, "lr": g["lr"] * _SETTLE_RATE, "weight_decay": 0.0} for g in groups]
             if not groups:
                 raise ValueError("Expected parameters to learn; all of them are frozen.")
-            self._rate = _OWN_RATE if groups[0]["lr"] > self.lr or self.settling else 1.0
             # Lightning does not clip gradients of a fused optimizer under mixed precision
             fused = "mixed" not in str(self.trainer.precision)
             optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
@@ -145,8 +144,6 @@ def module_class() -> type:
             if self._first:
                 torch.empty((), dtype=torch.int64).random_()
                 self._first = False
-            if self.settling:
-                self._quieten()
             if self.average is not None:
                 # a checkpoint is read before the model moves to its device
                 self.average = [t.to(self.device) for t in self.average]
@@ -185,9 +182,10 @@ def module_class() -> type:
                     mean.copy_(kept)
 
         def _add(self, part: str, log_prob: Tensor, weight: Any) -> None:
+            """Add to the sums of a part, with weights that were checked."""
             w = torch.ones_like(log_prob)
             if weight is not None:
-                w = check_weights(weight, log_prob, self.signed_weights)
+                w = as_tensor(weight, "weight", like=log_prob).to(log_prob)
             sums = self._sums[part]
             sums[0] -= float((w * log_prob).double().sum())
             sums[1] += float(w.double().sum())
@@ -207,25 +205,23 @@ def module_class() -> type:
 
         def on_validation_epoch_start(self) -> None:
             """Forget the sums of the last validation."""
-            self._sums["val"], self._levels = [0.0, 0.0], []
+            self._sums["val"], self._base = [0.0, 0.0], []
             self._swap()
 
         def validation_step(self, data: Any, index: int) -> None:
-            """Log density and credible levels of a batch; events with missing labels have none."""
+            """Log density and base coordinates; events with missing labels have none."""
             batch = to_batch(data)
-            context = self.model.encode(batch.x)
+            context, u = self.model.encode(batch.x), None
             if batch.mask is None:
                 u, log_prob = self.model.head.to_base_and_log_prob(context, batch.z)
-                u, weight = u.detach().double().cpu(), batch.weight
-                half = u.new_tensor(u.shape[-1] / 2)
-                level = torch.special.gammainc(half, u.square().sum(-1) / 2)
-                w = torch.ones_like(level)
-                if weight is not None:
-                    w = torch.as_tensor(weight).detach().double().cpu()
-                self._levels.append(torch.stack([level, w], -1))
             else:
                 log_prob = self.model.head.log_prob(context, batch.z, batch.mask)
-            self._add("val", log_prob, batch.weight)
+            weight = torch.ones_like(log_prob)
+            if batch.weight is not None:
+                weight = check_weights(batch.weight, log_prob, self.signed_weights)
+            self._add("val", log_prob, weight)
+            if u is not None:
+                self._base.append((u.detach().cpu(), weight.detach().cpu()))
 
         def on_validation_epoch_end(self) -> None:
             """Log the validation and keep the weights if it is the best so far."""
@@ -247,6 +243,7 @@ def module_class() -> type:
 
             ks = math.nan if coverage is None else coverage.ks_pvalue
             seen, weight = self._sums["train"]
+            group = self.optimizers().param_groups[0]
             row = Epoch(
                 epoch=self._offset + self.current_epoch + 1,
                 train_nll=seen / weight if weight else math.nan,
@@ -255,7 +252,7 @@ def module_class() -> type:
                 coverage68=within(0.682689),
                 coverage90=within(0.9),
                 ks_pvalue=float(ks),
-                lr=float(self.optimizers().param_groups[0]["lr"]) / self._rate,
+                lr=float(group["lr"]) / group["rate"],
                 seconds=self._before + time.monotonic() - self._start,
             )
             if self.logger is not None:
@@ -271,12 +268,12 @@ def module_class() -> type:
             self._swap()
 
         def _coverage(self) -> LevelCoverage | None:
-            if not self._levels:
+            if not self._base:
                 return None
-            level, weight = torch.cat(self._levels).unbind(-1)
-            if not bool(torch.isfinite(level).all()) or bool((weight < 0).any()):
+            u, weight = (torch.cat(parts) for parts in zip(*self._base, strict=True))
+            if not bool(torch.isfinite(u).all()) or bool((weight < 0).any()):
                 return None
-            return level_coverage(level.clamp(0, 1), weight=weight)
+            return level_coverage(chi2_level(u.double()), weight=weight)
 
         def _state(self) -> dict[str, Tensor]:
             return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -296,12 +293,7 @@ def module_class() -> type:
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Take up history and best weights."""
-            kept = checkpoint.get("flowpost")
-            if kept is None:
-                raise ValueError(
-                    "Expected a checkpoint of flowpost.fit; got one without its history. Remove "
-                    "the file or name another."
-                )
+            kept = checkpoint["flowpost"]
             self.rows = list(kept["rows"])
             self.best_nll, self.best_epoch = kept["best_nll"], kept["best_epoch"]
             self.best_state = kept["best_state"]
@@ -314,10 +306,8 @@ def module_class() -> type:
             self.restore_best()
             self.settling, self._offset = True, int(self.rows[-1]["epoch"])
             self.average = [p.clone() for p in self._learned()]
-
-        def _quieten(self) -> None:
-            """Evaluation mode; recurrent layers, whose gradient needs the other, lose dropout."""
             self.model.eval()
+            # the gradient of recurrent layers needs the training mode
             module: Any
             for module in self.model.modules():
                 if isinstance(module, torch.nn.RNNBase):
@@ -327,7 +317,7 @@ def module_class() -> type:
 
         def restore_best(self) -> None:
             """Put the best weights, and what the settling changed, into the model."""
-            for module, rate in reversed(self._own_dropout):
+            for module, rate in self._own_dropout:
                 module.dropout = rate
             self._own_dropout = []
             if self.best_state is not None:
