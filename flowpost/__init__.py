@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import Any
 
-from . import diagnostics, encoders, losses, simulators
+from . import diagnostics, directions, encoders, losses, simulators
 from .diagnostics import coverage
 from .head import PosteriorHead, PosteriorModel
 from .io import load, save
 from .posterior import Posterior
-from .spaces import Interval, Positive, Product, Real
+from .spaces import Circle, Interval, Positive, Product, Real, Sphere
 from .training import fit
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Circle",
     "Interval",
     "Positive",
     "Posterior",
@@ -29,8 +30,10 @@ __all__ = [
     "PosteriorModel",
     "Product",
     "Real",
+    "Sphere",
     "coverage",
     "diagnostics",
+    "directions",
     "encoders",
     "fit",
     "load",

@@ -13,6 +13,7 @@ reconstructions*, 2020, https://arxiv.org/abs/2008.05825, eq. 8.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -45,6 +46,9 @@ class PosteriorHead(nn.Module):
             where there are many labels.
         dropout: Share of conditioner units dropped in training mode, once per event; where it is
             None, `flowpost.fit` drops a tenth and a loop of your own none.
+        reference: Whether every event brings a first guess of its label, to which the location is
+            relative: True, False, or the names of the blocks that have one. Where it is None,
+            `fit_scale` decides by what it is given.
 
     Raises:
         ValueError: If an option is unknown or out of range.
@@ -73,6 +77,7 @@ class PosteriorHead(nn.Module):
         hidden: int = 64,
         coupling: bool = False,
         dropout: float | None = None,
+        reference: bool | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(space, Space):
@@ -94,7 +99,10 @@ class PosteriorHead(nn.Module):
             "hidden": check_positive_int(hidden, "hidden"),
             "coupling": bool(coupling),
             "dropout": None if dropout is None else float(dropout),
+            "reference": None,
         }
+        if reference is not None:
+            self._options["reference"] = self._referenced(reference)
         self.flow = ResidualFlow(
             space,
             self.context,
@@ -113,7 +121,7 @@ class PosteriorHead(nn.Module):
         """JSON description from which the head is built again."""
         return {"context": self.context, "space": self.space.config(), **self._options}
 
-    def fit_scale(self, z: Any, weight: Any = None) -> PosteriorHead:
+    def fit_scale(self, z: Any, weight: Any = None, reference: Any = None) -> PosteriorHead:
         """Set the whitening of the labels from the training part of the data.
 
         Call it once before training (`flowpost.fit` does); no gradient flows through it.
@@ -121,9 +129,11 @@ class PosteriorHead(nn.Module):
         Arguments:
             z: Labels of shape (N, D).
             weight: Event weights of shape (N,); their absolute values count.
+            reference: First guesses of the labels, as in `forward`; the labels are whitened
+                relative to them, and the head asks for them from then on.
 
         Raises:
-            ValueError: If a label is not in the space or there is none.
+            ValueError: If a label or reference is not in the space or there is none.
         """
         z = self._columns(as_tensor(z, "labels")).detach().cpu()
         check_shape(z, ("N", self.space.label_size), "labels")
@@ -135,7 +145,21 @@ class PosteriorHead(nn.Module):
             weight = check_weights(weight, z[:, 0].double())
             if not bool(weight.sum() > 0):
                 raise ValueError("Expected weights with a positive sum; all are 0.")
-        fitted = self.space.fit_scale(z, weight)
+        guess, flags = self._reference(reference)
+        if guess is not None:
+            guess = guess.detach().cpu()
+            if guess.shape != z.shape:
+                raise ValueError(
+                    f"Expected reference of shape {tuple(z.shape)} as the labels; got "
+                    f"{tuple(guess.shape)}. Give one first guess for each event."
+                )
+        parts = [
+            b.space.fit_scale(
+                z[:, b.columns], weight, guess[:, b.columns] if guess is not None and own else None
+            )
+            for b, own in zip(self.space.blocks, flags, strict=True)
+        ]
+        fitted = Scale(*(torch.cat(p) for p in zip(*parts, strict=True)))
         for name, value in fitted._asdict().items():
             check_finite(value.to(self.scale.dtype), f"{name} of the labels", "Change their units.")
         if not bool((fitted.unit.to(self.scale.dtype) > 0).all()):
@@ -146,7 +170,77 @@ class PosteriorHead(nn.Module):
         for name, value in fitted._asdict().items():
             setattr(self, name, value.to(getattr(self, name)))
         self.fitted = torch.ones_like(self.fitted)
+        self._options["reference"] = [
+            b.name for b, own in zip(self.space.blocks, flags, strict=True) if own
+        ]
         return self
+
+    def _referenced(self, given: bool | Sequence[str]) -> list[str]:
+        """Names of the leaf blocks that a choice of references stands for."""
+        blocks = self.space.blocks
+        if isinstance(given, bool):
+            return [b.name for b in blocks] if given else []
+        chosen = [
+            b.name for b in blocks if any(b.name == n or b.name.startswith(f"{n}.") for n in given)
+        ]
+        for name in given:
+            if not any(c == name or c.startswith(f"{name}.") for c in chosen):
+                known = ", ".join(b.name for b in blocks if b.name) or "none: it is no Product"
+                raise ValueError(
+                    f"Expected references of blocks of the label space; got {name!r}. Blocks are "
+                    f"{known}."
+                )
+        return chosen
+
+    def _reference(self, reference: Any) -> tuple[Tensor | None, tuple[bool, ...]]:
+        """First guesses (..., D), and which leaf blocks have one."""
+        blocks, wanted = self.space.blocks, self._options["reference"]
+        if reference is None:
+            names: list[str] = []
+        else:
+            names = self._referenced(list(reference) if isinstance(reference, Mapping) else True)
+        if wanted is not None and set(names) != set(wanted):
+            raise ValueError(
+                f"Expected a reference of {_listed(wanted)}, as the head was built or scaled; got "
+                f"that of {_listed(names)}. Pass reference=… wherever the head is called, and to "
+                "fit_scale or fit, or nowhere."
+            )
+        if reference is None:
+            return None, (False,) * len(blocks)
+        if isinstance(reference, Mapping):
+            reference = self._packed(reference)
+        z = self._columns(as_tensor(reference, "reference", like=self.flow.bias))
+        z = self.space.validate(z, "reference").to(self.flow.bias.device)
+        return z, tuple(b.name in names for b in blocks)
+
+    def _packed(self, reference: Mapping[str, Any]) -> Tensor:
+        """References by name as label columns, with the centre of the labels in the others."""
+        parts = {}
+        for name, value in reference.items():
+            of = [b for b in self.space.blocks if b.name == name or b.name.startswith(f"{name}.")]
+            columns = slice(min(b.columns.start for b in of), max(b.columns.stop for b in of))
+            value = as_tensor(value, f"reference[{name!r}]", like=self.flow.bias)
+            size = columns.stop - columns.start
+            if size == 1 and value.shape[-1:] != (1,):
+                value = value.unsqueeze(-1)
+            if value.shape[-1:] != (size,):
+                raise ValueError(
+                    f"Expected reference[{name!r}] of shape (N, {size}); got {tuple(value.shape)}."
+                )
+            parts[columns] = value
+        shapes = {v.shape[:-1] for v in parts.values()}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"Expected references of as many events each; got {sorted(map(tuple, shapes))}."
+            )
+        first = next(iter(parts.values()))
+        kind = torch.promote_types(first.dtype, self.loc.dtype)
+        z = self.space.centre(Scale(self.unit, self.loc, self.scale)).to(kind)
+        z = z.expand(*first.shape[:-1], -1).clone()
+        for columns, value in parts.items():
+            z = z.to(torch.promote_types(z.dtype, value.dtype))
+            z[..., columns] = value.to(z)
+        return z
 
     def _columns(self, z: Tensor) -> Tensor:
         """Labels (N,) of a single column as (N, 1)."""
@@ -172,18 +266,34 @@ class PosteriorHead(nn.Module):
             )
         return context
 
-    def forward(self, context: Tensor | None, *, validate_args: bool = True) -> Posterior:
+    def forward(
+        self, context: Tensor | None, *, reference: Any = None, validate_args: bool = True
+    ) -> Posterior:
         """The posterior of each event.
 
         Arguments:
             context: Context of shape (N, L), or None for an unconditional density.
+            reference: A first guess of every label, of shape (N, D), or a dict of those of some
+                blocks by name: the location is predicted relative to it, in units of the predicted
+                width, as an offset (`Real`), a factor (`Positive`), an offset of the normal
+                quantile (`Interval`) or a rotation (`Circle`, `Sphere`). A double reference keeps
+                its digits, and so do labels and draws with it.
             validate_args: Whether the posterior checks labels.
 
         Raises:
-            ValueError: If the context is not finite or has another width.
+            ValueError: If the context is not finite or has another width, or a reference is
+                missing, not in the space or not asked for.
         """
         scale = Scale(self.unit.clone(), self.loc.clone(), self.scale.clone())
-        return Posterior(self.flow(self._context(context), scale), validate_args=validate_args)
+        context = self._context(context)
+        guess, flags = self._reference(reference)
+        if guess is not None and context is not None and guess.shape[:-1] != context.shape[:-1]:
+            raise ValueError(
+                f"Expected one reference for each context; got contexts of shape "
+                f"{tuple(context.shape)} and references of shape {tuple(guess.shape)}."
+            )
+        flow = self.flow(context, scale, guess, flags)
+        return Posterior(flow, validate_args=validate_args)
 
     def loss(
         self,
@@ -192,6 +302,7 @@ class PosteriorHead(nn.Module):
         weight: Any = None,
         mask: Any = None,
         *,
+        reference: Any = None,
         signed_weights: bool = False,
     ) -> Tensor:
         """Joint KL in nats: the weighted mean of −ln q(z|x).
@@ -203,20 +314,24 @@ class PosteriorHead(nn.Module):
             mask: True where a label column is known, of shape (N, D). Missing columns are
                 marginalised, which is exact for whole trailing blocks of the flow; others are
                 refused. Their values are not read and may be NaN.
+            reference: First guesses of the labels, as in `forward`.
             signed_weights: Allow negative weights, as of next-to-leading-order generators.
 
         Raises:
             ValueError: If labels, weights or mask do not fit.
         """
-        return weighted_mean(-self.log_prob(context, z, mask), weight, signed_weights)
+        log_prob = self.log_prob(context, z, mask, reference=reference)
+        return weighted_mean(-log_prob, weight, signed_weights)
 
-    def log_prob(self, context: Tensor | None, z: Any, mask: Any = None) -> Tensor:
+    def log_prob(
+        self, context: Tensor | None, z: Any, mask: Any = None, *, reference: Any = None
+    ) -> Tensor:
         """Log density of each event's label in nats, of shape (N,); arguments as in `loss`.
 
         Raises:
             ValueError: If labels or mask do not fit.
         """
-        q = self(context)
+        q = self(context, reference=reference)
         z = self._columns(as_tensor(z, "labels", like=None if mask is None else self.flow.bias))
         self._match(q, z)
         if mask is None:
@@ -230,7 +345,7 @@ class PosteriorHead(nn.Module):
                 f"{tuple(known.shape)}. True is a known label."
             )
         terms = self._known_coordinates(known)
-        dummy, _ = q._flow.space.from_plane(torch.zeros_like(self.loc), q._flow.scale)
+        dummy = self.space.centre(q._flow.scale)
         z = q._labels(torch.where(known, z, dummy.to(z)))
         u, ladj = q._flow.to_base(z)
         return torch.where(terms, log_density(u, ladj), 0.0).sum(-1)
@@ -244,13 +359,15 @@ class PosteriorHead(nn.Module):
                 f"encoder gives (N, {self.context}): flatten what it returns."
             )
 
-    def to_base_and_log_prob(self, context: Tensor | None, z: Any) -> tuple[Tensor, Tensor]:
+    def to_base_and_log_prob(
+        self, context: Tensor | None, z: Any, *, reference: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Base coordinates (N, d) and log density (N,) of each event's label.
 
         Raises:
             ValueError: If labels do not fit.
         """
-        q, z = self(context), self._columns(as_tensor(z, "labels"))
+        q, z = self(context, reference=reference), self._columns(as_tensor(z, "labels"))
         self._match(q, z)
         return q.to_base_and_log_prob(z)
 
@@ -274,6 +391,10 @@ class PosteriorHead(nn.Module):
             earlier = whole
             parts.append(whole.unsqueeze(-1).expand(*whole.shape, block.space.dof))
         return torch.cat(parts, -1)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(n or "the label" for n in names) or "nothing"
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -325,12 +446,24 @@ class PosteriorModel(nn.Module):
             return self.encoder(**x)
         return self.encoder(x)
 
-    def forward(self, x: Any) -> Posterior:
-        """The posterior of each event of a batch of inputs x; None for an unconditional density."""
-        return self.head(self.encode(x))
+    def forward(self, x: Any, *, reference: Any = None) -> Posterior:
+        """The posterior of each event of a batch of inputs x; None for an unconditional density.
+
+        References are those of `PosteriorHead.forward`.
+        """
+        return self.head(self.encode(x), reference=reference)
 
     def loss(
-        self, x: Any, z: Any, weight: Any = None, mask: Any = None, *, signed_weights: bool = False
+        self,
+        x: Any,
+        z: Any,
+        weight: Any = None,
+        mask: Any = None,
+        *,
+        reference: Any = None,
+        signed_weights: bool = False,
     ) -> Tensor:
         """Joint KL in nats; see `PosteriorHead.loss`."""
-        return self.head.loss(self.encode(x), z, weight, mask, signed_weights=signed_weights)
+        return self.head.loss(
+            self.encode(x), z, weight, mask, reference=reference, signed_weights=signed_weights
+        )

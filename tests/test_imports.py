@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # design.md §2: a module imports from its own layer or lower ones
 LAYERS = [
     {"_checks", "_zuko"},
-    {"spaces", "encoders", "simulators", "metrics"},
+    {"spaces", "directions", "encoders", "simulators", "metrics"},
     {"flows"},
     {"posterior", "head"},
     {"likelihood", "losses", "diagnostics"},

@@ -9,17 +9,17 @@ import torch
 import flowpost as fp
 
 NAMES = """
-Interval Positive Posterior PosteriorHead PosteriorModel Product Real
+Circle Interval Positive Posterior PosteriorHead PosteriorModel Product Real Sphere
 coverage fit load save
-diagnostics encoders losses simulators
+diagnostics directions encoders losses simulators
 """
 
 MODULES = {
-    "flowpost.spaces": "Block Interval Positive Product Real Scale Space SpaceConstraint "
-    "space_from_config",
+    "flowpost.spaces": "Block Circle Interval Placement Positive Product Real Scale Space "
+    "SpaceConstraint Sphere space_from_config",
     "flowpost.encoders": "CNN DeepSets Encoder LSTM Squash Tabular",
     "flowpost.flows": "BoundFlow RUNGS ResidualFlow",
-    "flowpost.posterior": "BlockPosterior Posterior Summary",
+    "flowpost.posterior": "BlockPosterior DirectionMoments Posterior Summary",
     "flowpost.losses": "joint_kl weighted_mean",
     "flowpost.training": "Epoch History fit",
     "flowpost.io": "FORMAT_VERSION load save",
@@ -29,16 +29,19 @@ SIGNATURES = """
 Real(size=1)
 Positive(size=1, *, clip=0.0)
 Interval(low, high, size=None, *, clip=0.0)
+Circle(vector=False)
+Sphere()
 Product(**spaces)
 PosteriorHead(context, space, flow='spline', *, layers=2, bins=8, hidden=64, coupling=False, \
-dropout=None)
-PosteriorHead.fit_scale(self, z, weight=None)
-PosteriorHead.forward(self, context, *, validate_args=True)
-PosteriorHead.loss(self, context, z, weight=None, mask=None, *, signed_weights=False)
-PosteriorHead.log_prob(self, context, z, mask=None)
+dropout=None, reference=None)
+PosteriorHead.fit_scale(self, z, weight=None, reference=None)
+PosteriorHead.forward(self, context, *, reference=None, validate_args=True)
+PosteriorHead.loss(self, context, z, weight=None, mask=None, *, reference=None, \
+signed_weights=False)
+PosteriorHead.log_prob(self, context, z, mask=None, *, reference=None)
 PosteriorModel(encoder, head)
-PosteriorModel.forward(self, x)
-PosteriorModel.loss(self, x, z, weight=None, mask=None, *, signed_weights=False)
+PosteriorModel.forward(self, x, *, reference=None)
+PosteriorModel.loss(self, x, z, weight=None, mask=None, *, reference=None, signed_weights=False)
 Posterior(flow, validate_args=None)
 Posterior.log_prob(self, value)
 Posterior.sample(self, sample_shape=(), generator=None)
@@ -54,11 +57,19 @@ Posterior.quantile(self, levels, draws=1024, generator=None)
 Posterior.interval(self, level=0.6827, draws=1024, generator=None)
 Posterior.entropy(self, draws=1024, generator=None)
 Posterior.summary(self, draws=1024, generator=None)
+Posterior.angular_resolution(self, levels=(0.5, 0.68, 0.9), about=None, draws=4096, generator=None)
+Posterior.hpd_area(self, levels=(0.5, 0.9), draws=8192, generator=None)
+Posterior.direction_moments(self, draws=4096, generator=None)
 Posterior.block(self, name, draws=512)
 Posterior.to(self, *args, **kwargs)
 Posterior.detach(self)
 Posterior.expand(self, batch_shape, _instance=None)
 losses.joint_kl(posterior, z, weight=None, *, signed_weights=False)
+directions.from_zenith_azimuth(zenith, azimuth, *, degrees=False)
+directions.to_zenith_azimuth(vector, *, degrees=False)
+directions.from_ra_dec(ra, dec, *, degrees=False)
+directions.to_ra_dec(vector, *, degrees=False)
+directions.separation(a, b, *, degrees=False)
 encoders.Tabular(features, context, hidden=128, layers=3, dropout=0.2, missing=False)
 encoders.CNN(channels, context, width=32, blocks=2, dropout=0.1)
 encoders.LSTM(features, context, hidden=64, layers=1, dropout=0.1)

@@ -448,7 +448,7 @@ def nan_at(t, row):
         ((X, Z), {"val": 0.0}, "Expected val as a fraction between 0 and 1; got 0"),
         ((X, Z), {"val": 1}, "Expected val as a fraction"),
         ((X[:3], Z[:3]), {"val": 0.01}, "Expected events for training and validation"),
-        ({"x": X, "y": Z}, {}, "Expected keys x, z, weight, mask; got x, y"),
+        ({"x": X, "y": Z}, {}, "Expected keys x, z, weight, mask, reference; got x, y"),
         ((X, Z, None, None, None), {}, "Expected one to four parts; got 5"),
         ((X, Z), {"epochs": 0}, "Expected epochs"),
         ((X, Z), {"batch_size": 0}, "Expected batch_size"),

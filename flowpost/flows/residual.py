@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from .._checks import check_positive_int
-from ..spaces import Block, Product, Scale, Space
+from ..spaces import Block, Placement, Product, Scale, Space
 from .spline import (
     Conditioner,
     base_features,
@@ -98,6 +98,10 @@ class BoundFlow:
     log_width: Tensor
     lower: Tensor | None = None
     layers: tuple[BoundLayer, ...] = ()
+    shape: Tensor | None = None
+    profile: Tensor | None = None
+    reference: Tensor | None = None
+    referenced: tuple[bool, ...] = ()
     tail_bound: float | None = None
 
     @property
@@ -110,13 +114,33 @@ class BoundFlow:
         """Base coordinates d."""
         return self.space.dof
 
-    def _located(self) -> Iterator[tuple[Block, Tensor, Tensor, Scale]]:
-        i = j = 0
-        for b in self.space.blocks:
-            p, q = i + b.space.location_size, j + b.space.width_size
+    def _placements(self) -> Iterator[tuple[Block, Placement]]:
+        blocks = self.space.blocks
+        profiled = sum(b.space.has_profile for b in blocks)
+        starts = [0, 0, 0, 0]
+        sections = (self.location, self.log_width, self.shape, self.profile)
+        for i, b in enumerate(blocks):
+            width = self.profile.shape[-1] // profiled if self.profile is not None else 0
+            s = b.space
+            sizes = (s.location_size, s.width_size, s.shape_size, width * s.has_profile)
+            parts = [
+                None if t is None or not n else t[..., k : k + n]
+                for t, k, n in zip(sections, starts, sizes, strict=True)
+            ]
+            starts = [k + n for k, n in zip(starts, sizes, strict=True)]
+            location, log_width, shape, profile = parts
+            assert location is not None
+            assert log_width is not None
+            reference = None
+            if self.reference is not None and self.referenced[i]:
+                reference = self.reference[..., b.columns]
             scale = Scale(*(t[b.base] for t in self.scale))
-            yield b, self.location[..., i:p], self.log_width[..., j:q], scale
-            i, j = p, q
+            yield b, Placement(location, log_width, scale, shape, profile, reference)
+
+    def _lean(self, v: Tensor) -> Tensor:
+        if not any(b.space.compact for b in self.space.blocks):
+            return v
+        return torch.cat([b.space.lean(v[..., b.base]) for b in self.space.blocks], -1)
 
     def _compact(self, like: Tensor) -> Tensor | None:
         if not any(b.space.compact for b in self.space.blocks):
@@ -139,14 +163,11 @@ class BoundFlow:
             return self._to_base(z)
 
     def _to_base(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [
-            b.space.to_residual(z[..., b.columns], location, log_width, scale)
-            for b, location, log_width, scale in self._located()
-        ]
+        parts = [b.space.to_residual(z[..., b.columns], at) for b, at in self._placements()]
         v = torch.cat([v for v, _ in parts], -1)
         ladj = torch.cat([j for _, j in parts], -1)
         if self.lower is not None:
-            v = v + _matvec(self.lower, v)
+            v = v + _matvec(self.lower, self._lean(v))
         if self.tail_bound is not None:
             v, step = self._stretch(v, inverse=True)
             ladj = ladj + step
@@ -169,15 +190,33 @@ class BoundFlow:
             u, step = self._stretch(u, inverse=False)
             ladj = ladj + step
         if self.lower is not None:
-            u = _solve(self.lower, u)
+            u = self._solve(u)
         z: list[Any] = []
         steps = []
-        for b, location, log_width, scale in self._located():
-            part, step = b.space.from_residual(u[..., b.base], location, log_width, scale)
+        for b, at in self._placements():
+            part, step = b.space.from_residual(u[..., b.base], at)
             z.append((b.columns.start, part))
             steps.append(step)
         labels = torch.cat([part for _, part in sorted(z, key=lambda p: p[0])], -1)
         return labels, ladj + torch.cat(steps, -1)
+
+    def _solve(self, t: Tensor) -> Tensor:
+        """Solve v + lower · lean(v) = t by forward substitution: d small steps for all draws.
+
+        Compact blocks come first and lean on nothing, so their rows of t are those of v.
+        """
+        assert self.lower is not None
+        columns: list[Tensor] = list(self._lean(t).unbind(-1))
+        compact = [b.space.compact for b in self.space.blocks for _ in range(b.space.dof)]
+        out = list(t.unbind(-1))
+        for i, own in enumerate(compact):
+            if own:
+                continue
+            v = out[i]
+            for j in range(i):
+                v = v - self.lower[..., i, j] * columns[j]
+            out[i] = columns[i] = v
+        return torch.stack(out, -1)
 
     def _map(self, change: Callable[[Tensor, int], Tensor]) -> BoundFlow:
         """Change the tensors of all events; the int counts their trailing event dimensions."""
@@ -186,6 +225,9 @@ class BoundFlow:
             location=change(self.location, 1),
             log_width=change(self.log_width, 1),
             lower=None if self.lower is None else change(self.lower, 2),
+            shape=None if self.shape is None else change(self.shape, 1),
+            profile=None if self.profile is None else change(self.profile, 1),
+            reference=None if self.reference is None else change(self.reference, 1),
             layers=tuple(
                 replace(
                     s,
@@ -243,6 +285,12 @@ class BoundFlow:
             for s in self.layers
         )
         space = blocks[0].space if count == 1 else Product(**{b.name: b.space for b in blocks})
+        shapes = sum(b.space.shape_size for b in blocks)
+        profiles = sum(b.space.has_profile for b in blocks)
+        profiled = sum(b.space.has_profile for b in self.space.blocks)
+        reference = self.reference
+        if reference is not None:
+            reference = torch.cat([reference[..., b.columns] for b in blocks], -1)
         return replace(
             self,
             space=space,
@@ -251,6 +299,14 @@ class BoundFlow:
             log_width=self.log_width[..., : sum(b.space.width_size for b in blocks)],
             lower=None if self.lower is None else self.lower[..., :d, :d],
             layers=layers,
+            shape=None if self.shape is None or not shapes else self.shape[..., :shapes],
+            profile=(
+                self.profile[..., : self.profile.shape[-1] // profiled * profiles]
+                if self.profile is not None and profiles
+                else None
+            ),
+            reference=reference,
+            referenced=self.referenced[:count],
         )
 
 
@@ -258,17 +314,6 @@ def _matvec(lower: Tensor, v: Tensor) -> Tensor:
     if v.ndim == lower.ndim - 1:
         return (lower @ v.unsqueeze(-1)).squeeze(-1)
     return torch.einsum("...ij,...j->...i", lower, v)
-
-
-def _solve(lower: Tensor, t: Tensor) -> Tensor:
-    """Solve (1 + lower) v = t by forward substitution: d small steps for any number of draws."""
-    columns: list[Tensor] = []
-    for i in range(t.shape[-1]):
-        v = t[..., i]
-        for j, earlier in enumerate(columns):
-            v = v - lower[..., i, j] * earlier
-        columns.append(v)
-    return torch.stack(columns, -1)
 
 
 class ResidualFlow(nn.Module):
@@ -323,10 +368,13 @@ class ResidualFlow(nn.Module):
         compact = sum(b.space.dof for b in space.blocks if b.space.compact)
         pairs = [(i, j) for i in range(compact, d) for j in range(i)]
         self._pairs = pairs if rung in ("affine", "spline") else []
+        shapes = sum(b.space.shape_size for b in space.blocks) * (rung in ("affine", "spline"))
+        profiles = sum(b.space.has_profile for b in space.blocks) * (rung == "spline")
         self._sections = [space.location_size, space.width_size * (rung != "mse")]
-        self._sections += [len(self._pairs), *[d * spline_size, d * hidden] * count]
+        self._sections += [len(self._pairs), shapes, *[d * spline_size, d * hidden] * count]
+        self._sections += [profiles * 3 * bins]
         size = sum(self._sections)
-        first = sum(self._sections[:3])
+        first = sum(self._sections[:4])
         self.weight = nn.Parameter(torch.zeros(first, context)) if context else None
         # apart from the others, for a training that lets them decay faster
         self.spline_weight = (
@@ -344,8 +392,14 @@ class ResidualFlow(nn.Module):
                 self.bias[first:][rows].uniform_(-1, 1)
                 start += d * hidden
 
-    def forward(self, context: Tensor | None, scale: Scale) -> BoundFlow:
-        """Bind the flow to contexts of shape (*batch, L), or to none."""
+    def forward(
+        self,
+        context: Tensor | None,
+        scale: Scale,
+        reference: Tensor | None = None,
+        referenced: tuple[bool, ...] = (),
+    ) -> BoundFlow:
+        """Bind the flow to contexts of shape (*batch, L), or to none, and to their references."""
         if self.weight is None or context is None:
             theta = self.bias.clone()
             if context is not None:
@@ -356,7 +410,9 @@ class ResidualFlow(nn.Module):
                 if self.spline_weight is not None:
                     weight = torch.cat([weight, self.spline_weight])
                 theta = F.linear(context.to(weight.dtype), weight, self.bias)
-        location, width, triangle, *rest = theta.split(self._sections, dim=-1)
+        if reference is not None:
+            theta = theta.expand(*reference.shape[:-1], -1)
+        location, width, triangle, shape, *rest, profile = theta.split(self._sections, dim=-1)
         if self.log_width is not None:
             width = self.log_width.expand(*theta.shape[:-1], -1)
         log_width = _LARGEST_LOG_WIDTH * torch.tanh(width / _LARGEST_LOG_WIDTH)
@@ -379,7 +435,11 @@ class ResidualFlow(nn.Module):
             log_width,
             self._triangle(triangle) if self._pairs else None,
             tuple(layers),
-            self.tail_bound if self.rung == "spline" else None,
+            shape=shape if shape.shape[-1] else None,
+            profile=profile if profile.shape[-1] else None,
+            reference=reference,
+            referenced=referenced,
+            tail_bound=self.tail_bound if self.rung == "spline" else None,
         )
 
     def _triangle(self, entries: Tensor) -> Tensor:

@@ -100,17 +100,24 @@ class Conditioner(nn.Module):
     def __init__(self, space: Space, groups: list[list[int]], hidden: int, size: int) -> None:
         super().__init__()
         self.groups = groups
-        owner = []
-        for b in space.blocks:
-            width = b.space.feature_size
-            whole = width != b.space.dof
-            owner += [list(range(b.base.start, b.base.stop)) if whole else [b.base.start + i]
-                      for i in range(width)]  # fmt: skip
+        # for each feature the coordinates that it tells of, and the block it is kept to or from
+        owner: list[tuple[list[int], int | None, int | None]] = []
+        for k, b in enumerate(space.blocks):
+            whole, own = list(range(b.base.start, b.base.stop)), b.space.own_size
+            for i in range(b.space.feature_size):
+                if not b.space.compact:
+                    owner.append(([b.base.start + i], None, None))
+                elif i < own:
+                    owner.append(([b.base.start + i], k, None))
+                else:
+                    owner.append((whole, None, k))
+        block_of = [k for k, b in enumerate(space.blocks) for _ in range(b.space.dof)]
         mask = torch.zeros(space.dof, len(owner), 1)
         rank = {i: r for r, group in enumerate(groups) for i in group}
         for i in range(space.dof):
-            for f, sources in enumerate(owner):
-                mask[i, f] = float(all(rank[j] < rank[i] for j in sources))
+            for f, (sources, kept_to, kept_from) in enumerate(owner):
+                seen = kept_to in (None, block_of[i]) and kept_from != block_of[i]
+                mask[i, f] = float(seen and all(rank[j] < rank[i] for j in sources))
         self.register_buffer("mask", mask, persistent=False)
         fan_in = mask.sum(1, keepdim=True).clamp_min(1)
         bound = 1 / fan_in.sqrt()

@@ -2,6 +2,7 @@
 
 from .base import Posterior
 from .block import BlockPosterior
+from .directional import DirectionMoments
 from .summary import Summary
 
-__all__ = ["BlockPosterior", "Posterior", "Summary"]
+__all__ = ["BlockPosterior", "DirectionMoments", "Posterior", "Summary"]

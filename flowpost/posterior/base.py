@@ -25,6 +25,7 @@ from .._checks import as_tensor
 from .._normal import chi2_level, ndtr
 from ..flows import BoundFlow
 from ..spaces import Scale, Space, SpaceConstraint
+from .directional import Directional
 from .statistics import CHUNK, Statistics
 
 __all__ = ["Posterior"]
@@ -33,7 +34,7 @@ _Self = TypeVar("_Self", bound="Posterior")
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-class Posterior(Statistics, Distribution):
+class Posterior(Statistics, Directional, Distribution):
     """The posterior of a batch of events: a `torch.distributions.Distribution` over labels.
 
     It is immutable and lives on the device of its context. Every method works on all events at

@@ -88,22 +88,27 @@ class Statistics:
 
     @property
     def mean(self) -> Tensor:
-        """Mean of each column, of shape (*batch_shape, D), from a fixed set of draws.
+        """Mean of each label, of shape (*batch_shape, D), from a fixed set of draws.
 
+        It is the spherical mean of a direction and the circular mean of an angle.
         The base draws are held inside the central 1 − 10⁻⁴ of the base, for the moments of
         `Positive` labels can be infinite; median and quantiles need no such cut.
         """
-        return self._reduce(lambda z, _: (z.mean(0),), _DRAWS, None, central=True)[0]
+        return self._reduce(lambda z, _: (self.space.mean(z),), _DRAWS, None, central=True)[0]
 
     @property
     def variance(self) -> Tensor:
         """Variance of each column, of shape (*batch_shape, D); see `mean`."""
-        return self._reduce(lambda z, _: (z.var(0),), _DRAWS, None, central=True)[0]
+        return self.stddev**2
 
     @property
     def stddev(self) -> Tensor:
-        """Standard deviation of each column, of shape (*batch_shape, D); see `mean`."""
-        return self._reduce(lambda z, _: (z.std(0),), _DRAWS, None, central=True)[0]
+        """Standard deviation of each column, of shape (*batch_shape, D); see `mean`.
+
+        It is the circular standard deviation of an angle, and that of the Cartesian components of a
+        direction, for which `angular_resolution` says more.
+        """
+        return self._reduce(lambda z, _: (self.space.stddev(z),), _DRAWS, None, central=True)[0]
 
     @property
     def median(self) -> Tensor:
@@ -120,8 +125,7 @@ class Statistics:
 
         def best(z: Tensor, log_prob: Tensor) -> tuple[Tensor, ...]:
             top = log_prob.topk(_CLIMBS, 0).indices[..., None].expand(-1, *z.shape[1:])
-            r = self.space.to_plane(z, self._scale)[0]
-            return (*z.gather(0, top).unbind(0), r.std(0))
+            return (*z.gather(0, top).unbind(0), self.space.spread(z, self._scale))
 
         *starts, width = self._reduce(best, _DRAWS, None, density=True)
         ends = [self._ascend(z, width) for z in starts]
@@ -136,29 +140,29 @@ class Statistics:
 
         Returns the ends and their ln q, of shape (*batch, 1).
         """
-        scale = self._scale
-        r = self.space.to_plane(z, scale)[0]
-        step = torch.full_like(r[..., :1], 0.1)
-        fixed = self.detach()
+        scale, fixed = self._scale, self.detach()
+        step = torch.full_like(width[..., :1], 0.1)
+        tiny = torch.finfo(width.dtype).tiny
 
         def climb(at: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
-                at = at.detach().requires_grad_()
-                value = fixed._evaluate(fixed._broadcast(self.space.from_plane(at, scale)[0], "z"))
-                (slope,) = torch.autograd.grad(value.sum(), at)
+                move = torch.zeros_like(width).requires_grad_()
+                label = self.space.step(at, move, scale)
+                value = fixed._evaluate(fixed._broadcast(label, "z"))
+                (slope,) = torch.autograd.grad(value.sum(), move)
             return value.detach().unsqueeze(-1), slope
 
-        value, slope = climb(r)
+        value, slope = climb(z)
         for _ in range(_ASCENT_STEPS):
             move = slope * width**2
-            size = (move / width.clamp_min(torch.finfo(r.dtype).tiny)).norm(dim=-1, keepdim=True)
-            trial = r + step * move / size.clamp_min(1)
+            size = (move / width.clamp_min(tiny)).norm(dim=-1, keepdim=True)
+            trial = self.space.step(z, step * move / size.clamp_min(1), scale).detach()
             trial_value, trial_slope = climb(trial)
             better = trial_value > value
-            r, slope = torch.where(better, trial, r), torch.where(better, trial_slope, slope)
+            z, slope = torch.where(better, trial, z), torch.where(better, trial_slope, slope)
             value = torch.where(better, trial_value, value)
             step = torch.where(better, step * 1.5, step * 0.3)
-        return self.space.from_plane(r, scale)[0].detach(), value
+        return z, value
 
     def quantile(
         self,
@@ -166,7 +170,9 @@ class Statistics:
         draws: int = _DRAWS,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Quantiles of each column's marginal: exact for one label, else from draws.
+        """Quantiles of each column's marginal: exact for one label on a line, else from draws.
+
+        Those of an angle are on the branch of its circular mean, and may lie beyond ±π.
 
         Arguments:
             levels: Q levels in (0, 1).
@@ -186,7 +192,9 @@ class Statistics:
             with torch.no_grad():
                 return self.icdf(p.reshape(-1, *[1] * len(self.batch_shape)))
         (values,) = self._reduce(
-            lambda z, _: (torch.quantile(z, p, dim=0).transpose(0, 1),), draws, generator
+            lambda z, _: (torch.quantile(self.space.unwrap(z), p, dim=0).transpose(0, 1),),
+            draws,
+            generator,
         )
         return values.movedim(-2, 0)
 

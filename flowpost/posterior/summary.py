@@ -67,8 +67,9 @@ def summarise(posterior: Posterior, draws: int, generator: torch.Generator | Non
     """Reduce the draws of a posterior to a `Summary` in one pass."""
 
     def reduce(z: Tensor, log_prob: Tensor) -> tuple[Tensor, ...]:
-        q = torch.quantile(z, z.new_tensor(_LEVELS), dim=0)
-        return z.mean(0), z.std(0), *q, -log_prob.mean(0)
+        space = posterior.space
+        q = torch.quantile(space.unwrap(z), z.new_tensor(_LEVELS), dim=0)
+        return space.mean(z), space.stddev(z), *q, -log_prob.mean(0)
 
     mean, std, q05, q16, q50, q84, q95, entropy = posterior._reduce(
         reduce, draws, generator, central=generator is None, density=True

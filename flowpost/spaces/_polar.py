@@ -11,9 +11,21 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["log1mexp", "plane_to_vmf", "vmf_ladj", "vmf_to_plane", "zoom"]
+__all__ = [
+    "log1mexp",
+    "plane_to_vmf",
+    "project",
+    "radial",
+    "radial_inverse",
+    "vmf_ladj",
+    "vmf_to_plane",
+    "zoom",
+]
 
 _LOG_2 = math.log(2)
+_LARGEST_SHAPE = 2.0
+# of a spline: ratio of slopes at most 10³, as zuko's
+_LOG_STEEPEST = math.log(1e3)
 
 
 def log1mexp(a: Tensor) -> Tensor:
@@ -65,3 +77,104 @@ def zoom(h: Tensor, rest: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor, Tensor
     total = a + b
     growth = torch.where(large, -2 * log_t, 2 * log_t) - 2 * torch.log(total)
     return b / total, a / total, growth
+
+
+def project(
+    a: Tensor, h: Tensor, rest: Tensor, shape: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w → A w / |A w| with A = exp(S) across the axis and 1 along it: round becomes elliptic.
+
+    Arguments:
+        a: Unit direction across the axis, of shape (..., 2).
+        h: sin²(θ/2), of shape (...).
+        rest: 1 − h.
+        shape: Entries of the symmetric, traceless S, of shape (..., 2); −S is the inverse.
+
+    Returns:
+        a, h and 1 − h of the image, and ln of the growth of the solid angle.
+    """
+    s = _LARGEST_SHAPE * torch.tanh(shape / _LARGEST_SHAPE)
+    square = (s**2).sum(-1, keepdim=True)
+    # sinh(ρ)/ρ and cosh(ρ); ρ = 0 has no derivative of its own
+    rho = torch.where(square > 1e-6, square, 1.0).sqrt()
+    ratio = torch.where(square > 1e-6, torch.sinh(rho) / rho, 1 + square / 6)
+    cosh = torch.where(square > 1e-6, torch.cosh(rho), 1 + square / 2)
+    s0, s1, a0, a1 = s[..., 0], s[..., 1], a[..., 0], a[..., 1]
+    turned = torch.stack([s0 * a0 + s1 * a1, s1 * a0 - s0 * a1], -1)
+    image = cosh * a + ratio * turned
+    stretch = (image**2).sum(-1)
+    sine, cosine = 4 * h * rest * stretch, rest - h
+    length = sine + cosine**2
+    small = sine / length / (2 * (1 + cosine.abs() / length.sqrt()))
+    near = cosine >= 0
+    out = torch.where(near, small, 1 - small), torch.where(near, 1 - small, small)
+    return image / stretch.sqrt()[..., None], *out, -1.5 * torch.log(length)
+
+
+def _knots(parameters: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges on both sides and slopes, each (..., K + 1), of a spline from 0 to the bound."""
+    widths, heights, slopes = parameters.chunk(3, dim=-1)
+    edges = []
+    for logits in (widths, heights):
+        sizes = torch.softmax(logits / (1 + (2 * logits / _LOG_STEEPEST).abs()), -1)
+        edge = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
+        # the last edge is the bound itself, whatever the rounding of the sum
+        edges.append(bound * edge / edge[..., -1:])
+    slopes = torch.exp(slopes / (1 + (slopes / _LOG_STEEPEST).abs()))
+    return edges[0], edges[1], torch.nn.functional.pad(slopes, (0, 1), value=1.0)
+
+
+def _bin(value: Tensor, edges: Tensor, *others: Tensor) -> list[Tensor]:
+    """Left and right ends of the bin of a value, of its edges and of others."""
+    k = torch.searchsorted(edges[..., 1:-1].contiguous(), value[..., None], right=True)
+    ends = []
+    for knots in (edges, *others):
+        knots = knots.expand(*value.shape, knots.shape[-1])
+        ends += [knots.gather(-1, k)[..., 0], knots.gather(-1, k + 1)[..., 0]]
+    return ends
+
+
+def radial(r: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Rational-quadratic spline of a radius, the identity beyond the bound.
+
+    Arguments:
+        r: Radii above 0, of shape (...).
+        parameters: Widths, heights and slopes of K bins, of shape (..., 3K); all 0 is the identity.
+        bound: End of the spline.
+
+    Returns:
+        The radius g and ln of the growth of the area of the plane, ln g' + ln(g/r).
+    """
+    inside = r < bound
+    x = torch.where(inside, r, bound / 2)
+    xs, ys, slopes = _knots(parameters, bound)
+    xs = xs.expand(*x.shape, xs.shape[-1])
+    x0, x1, y0, y1, d0, d1 = _bin(x, xs, ys, slopes)
+    s = (y1 - y0) / (x1 - x0)
+    xi = (x - x0) / (x1 - x0)
+    across = xi * (1 - xi)
+    total = s + (d0 + d1 - 2 * s) * across
+    g = y0 + (y1 - y0) * (s * xi**2 + d0 * across) / total
+    slope = s**2 * (d1 * xi**2 + 2 * s * across + d0 * (1 - xi) ** 2) / total**2
+    growth = torch.log(slope) + torch.log(g / x)
+    return torch.where(inside, g, r), torch.where(inside, growth, 0.0)
+
+
+def radial_inverse(g: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Inverse of `radial`, with the growth of that direction."""
+    inside = g < bound
+    y = torch.where(inside, g, bound / 2)
+    xs, ys, slopes = _knots(parameters, bound)
+    ys = ys.expand(*y.shape, ys.shape[-1])
+    y0, y1, x0, x1, d0, d1 = _bin(y, ys, xs, slopes)
+    s = (y1 - y0) / (x1 - x0)
+    above, bend = y - y0, d0 + d1 - 2 * s
+    a = (y1 - y0) * (s - d0) + above * bend
+    b = (y1 - y0) * d0 - above * bend
+    c = -s * above
+    # b² − 4ac is positive for a monotone spline; in float32 it can round to below zero
+    root = (b**2 - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
+    r = x0 + (2 * c / (-b - root)).clamp(0, 1) * (x1 - x0)
+    # the smallest radius that is a number, so that g / r is one
+    r = torch.where(inside, r.clamp_min(1e-15), g)
+    return r, -radial(r, parameters, bound)[1]

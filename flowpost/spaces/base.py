@@ -9,6 +9,8 @@ A space of :math:`D` label columns and :math:`d` degrees of freedom maps labels 
 and the density of the label carries :math:`\ln |\mathrm{d}v / \mathrm{d}z|` (``ladj``), given for
 each base coordinate so that a block-triangular flow knows the density of every block.
 
+A circle and a sphere have no such plane: they place a label by an axis and a width of their own.
+
 Spaces are immutable descriptions: what is fitted to data lives in the head.
 """
 
@@ -26,7 +28,15 @@ from torch.distributions import constraints
 
 from .._checks import as_tensor
 
-__all__ = ["Block", "Scale", "Space", "SpaceConstraint", "indexed", "space_from_config"]
+__all__ = [
+    "Block",
+    "Placement",
+    "Scale",
+    "Space",
+    "SpaceConstraint",
+    "indexed",
+    "space_from_config",
+]
 
 
 class Scale(NamedTuple):
@@ -35,6 +45,28 @@ class Scale(NamedTuple):
     unit: Tensor
     loc: Tensor
     scale: Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a head puts the label of a leaf space, event by event.
+
+    Attributes:
+        location: Predicted location, of shape (..., location_size).
+        log_width: Predicted log width, of shape (..., width_size).
+        scale: Whitening of the chart.
+        shape: Predicted shape, of shape (..., shape_size), or None.
+        profile: Predicted spline of the radial profile, of shape (..., P), or None.
+        reference: First guess of the label, of shape (..., D), to which the location is relative,
+            in units of the width; or None.
+    """
+
+    location: Tensor
+    log_width: Tensor
+    scale: Scale
+    shape: Tensor | None = None
+    profile: Tensor | None = None
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,22 +105,25 @@ class SpaceConstraint(constraints.Constraint):
 class Space(ABC):
     """A label space.
 
-    Subclasses give the chart. A space whose location and width are not a shift and a factor in the
-    plane (a circle, a sphere) overrides `to_residual` and `from_residual` as well, sets `compact`,
-    and says with `condition` how its base coordinates are shown to those of other labels.
-
     Attributes:
         label_size: Columns D of a label.
         dof: Intrinsic dimensions d (degrees of freedom of the base).
         location_size: Location parameters that a head predicts.
         width_size: Log-width parameters that a head predicts.
+        shape_size: Shape parameters that an `"affine"` head predicts beside those.
+        has_profile: Whether a `"spline"` head predicts a radial profile.
         feature_size: Features by which the base coordinates condition others.
+        own_size: How many of them, the first ones, are for the same block alone; the others are
+            then for other blocks alone.
         compact: Whether the base must keep its far field (circles and spheres).
     """
 
     label_size: int
     dof: int
     compact: bool = False
+    shape_size: int = 0
+    has_profile: bool = False
+    own_size: int = 0
 
     @property
     def location_size(self) -> int:
@@ -121,20 +156,48 @@ class Space(ABC):
         return SpaceConstraint(self)
 
     @abstractmethod
-    def to_plane(self, z: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
-        """Chart labels (..., D) onto whitened coordinates (..., d), with ladj (..., d)."""
+    def to_residual(self, z: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Residual coordinates (..., d) of labels (..., D) about their placement, and ladj alike.
+
+        The residual is in the floating type of the location, whatever that of the labels.
+        """
 
     @abstractmethod
-    def from_plane(self, r: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
-        """Inverse of `to_plane`: labels (..., D) with the ladj (..., d) of that direction."""
+    def from_residual(self, v: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Inverse of `to_residual`: labels (..., D) with the ladj (..., d) of that direction."""
+
+    @abstractmethod
+    def centre(self, scale: Scale) -> Tensor:
+        """The label (D,) from which an unconditional head starts."""
+
+    @abstractmethod
+    def step(self, z: Tensor, move: Tensor, scale: Scale) -> Tensor:
+        """Labels (..., D) reached from z by small moves (..., d) in local coordinates."""
+
+    @abstractmethod
+    def spread(self, z: Tensor, scale: Scale) -> Tensor:
+        """Width (..., d) of draws (S, ..., D) in the local coordinates of `step`."""
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Mean (..., D) of draws (S, ..., D) in the sense of the space."""
+        return z.mean(0)
+
+    def stddev(self, z: Tensor) -> Tensor:
+        """Standard deviation (..., D) of draws (S, ..., D) in the sense of the space."""
+        return z.std(0)
 
     @abstractmethod
     def contains(self, z: Tensor) -> Tensor:
         """Whether labels (..., D) lie strictly inside the space, of shape (...)."""
 
     @abstractmethod
-    def fit_scale(self, z: Tensor, weight: Tensor | None = None) -> Scale:
-        """Whitening of the chart from validated labels (N, D) with weights (N,)."""
+    def fit_scale(
+        self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
+    ) -> Scale:
+        """Whitening of the chart from validated labels (N, D) with weights (N,).
+
+        With references (N, D) it is that of the labels relative to them.
+        """
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -152,31 +215,17 @@ class Space(ABC):
         """Whether each label column is inside, of shape (..., D)."""
         return torch.isfinite(z)
 
-    def to_residual(
-        self, z: Tensor, location: Tensor, log_width: Tensor, scale: Scale
-    ) -> tuple[Tensor, Tensor]:
-        """Residual coordinates (..., d) of labels about a location in units of a width, and ladj.
-
-        Arguments:
-            z: Labels, of shape (..., D).
-            location: Predicted location in the whitened plane, of shape (..., location_size).
-            log_width: Predicted log width, of shape (..., width_size).
-            scale: Whitening of the chart.
-        """
-        r, ladj = self.to_plane(z, scale)
-        r, ladj = r.to(location.dtype), ladj.to(location.dtype)
-        return (r - location) * torch.exp(-log_width), ladj - log_width
-
-    def from_residual(
-        self, v: Tensor, location: Tensor, log_width: Tensor, scale: Scale
-    ) -> tuple[Tensor, Tensor]:
-        """Inverse of `to_residual`: labels (..., D) with the ladj (..., d) of that direction."""
-        z, ladj = self.from_plane(location + v * torch.exp(log_width), scale)
-        return z, ladj + log_width
-
     def condition(self, u: Tensor) -> Tensor:
         """Features (..., feature_size) by which base coordinates (..., d) condition others."""
         return u
+
+    def lean(self, v: Tensor) -> Tensor:
+        """Coordinates (..., d) as those of other labels lean on them linearly."""
+        return v
+
+    def unwrap(self, z: Tensor) -> Tensor:
+        """Draws (S, ..., D) on one branch, so that quantiles of their columns have a meaning."""
+        return z
 
     def validate(self, z: Any, name: str = "labels") -> Tensor:
         """Return labels as a tensor of shape (..., D), clipped where the space has a margin.
@@ -203,12 +252,20 @@ class Space(ABC):
         where = f"row {', '.join(map(str, rows))}, column {self.names[column]!r}"
         leaf = next(b for b in self.blocks if b.columns.start <= column < b.columns.stop)
         value = z[(*rows, column)].item()
-        need = leaf.space._requirement() if math.isfinite(value) else "finite labels"
+        finite = math.isfinite(value)
+        need = leaf.space._requirement() if finite else "finite labels"
+        found = (
+            leaf.space._describe(z[tuple(rows)][leaf.columns], value) if finite else f"{value:g}"
+        )
         raise ValueError(
-            f"Expected {need}; got {value:g} in {name}, {where} ({len(bad)} such of "
+            f"Expected {need}; got {found} in {name}, {where} ({len(bad)} such of "
             f"{inside.numel()}). Correct or remove such events, give a missing column a mask, or "
             "set `clip` where a bound may be touched."
         )
+
+    def _describe(self, z: Tensor, value: float) -> str:
+        """What a refused label is, for errors, where one of its columns has the value."""
+        return f"{value:g}"
 
     def default_scale(self) -> Scale:
         """Whitening that changes nothing."""

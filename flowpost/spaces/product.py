@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .._checks import as_tensor
-from .base import Block, Scale, Space, indexed, space_from_config
+from .base import Block, Placement, Scale, Space, indexed, space_from_config
 
 __all__ = ["Product"]
 
@@ -159,25 +159,55 @@ class Product(Space):
     def _scales(self, scale: Scale) -> list[tuple[Block, Scale]]:
         return [(b, Scale(*(t[..., b.base] for t in scale))) for b in self.blocks]
 
-    def to_plane(self, z: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
-        """Chart each block."""
-        parts = [b.space.to_plane(z[..., b.columns], s) for b, s in self._scales(scale)]
-        r, ladj = zip(*parts, strict=True)
-        return torch.cat(r, -1), torch.cat(ladj, -1)
+    def to_residual(self, z: Tensor, at: Placement) -> NoReturn:
+        """Refused: a flow places each block by itself."""
+        raise NotImplementedError("A product is placed block by block.")
 
-    def from_plane(self, r: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
-        """Labels of each block, in the declared order of columns."""
-        parts = [b.space.from_plane(r[..., b.base], s) for b, s in self._scales(scale)]
-        labels = sorted(zip(self.blocks, parts, strict=True), key=lambda p: p[0].columns.start)
-        return torch.cat([z for _, (z, _) in labels], -1), torch.cat([j for _, j in parts], -1)
+    def from_residual(self, v: Tensor, at: Placement) -> NoReturn:
+        """Refused: a flow places each block by itself."""
+        raise NotImplementedError("A product is placed block by block.")
+
+    def centre(self, scale: Scale) -> Tensor:
+        """The centre of every block."""
+        return self._by_column([b.space.centre(s) for b, s in self._scales(scale)])
+
+    def step(self, z: Tensor, move: Tensor, scale: Scale) -> Tensor:
+        """Labels a step away, block by block."""
+        return self._by_column(
+            [b.space.step(z[..., b.columns], move[..., b.base], s) for b, s in self._scales(scale)]
+        )
+
+    def spread(self, z: Tensor, scale: Scale) -> Tensor:
+        """Width of every block, in base order."""
+        parts = [b.space.spread(z[..., b.columns], s) for b, s in self._scales(scale)]
+        return torch.cat(parts, -1)
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Mean of every block."""
+        return self._by_column([b.space.mean(z[..., b.columns]) for b in self.blocks])
+
+    def stddev(self, z: Tensor) -> Tensor:
+        """Standard deviation of every block."""
+        return self._by_column([b.space.stddev(z[..., b.columns]) for b in self.blocks])
+
+    def unwrap(self, z: Tensor) -> Tensor:
+        """Draws of every block on one branch."""
+        return self._by_column([b.space.unwrap(z[..., b.columns]) for b in self.blocks])
 
     def contains(self, z: Tensor) -> Tensor:
         """Whether every block's label lies in its space."""
         return torch.stack([b.space.contains(z[..., b.columns]) for b in self.blocks]).all(0)
 
-    def fit_scale(self, z: Tensor, weight: Tensor | None = None) -> Scale:
+    def fit_scale(
+        self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
+    ) -> Scale:
         """Whitening of every block, in base order."""
-        scales = [b.space.fit_scale(z[..., b.columns], weight) for b in self.blocks]
+        scales = [
+            b.space.fit_scale(
+                z[..., b.columns], weight, None if reference is None else reference[..., b.columns]
+            )
+            for b in self.blocks
+        ]
         return Scale(*(torch.cat(parts) for parts in zip(*scales, strict=True)))
 
     def config(self) -> dict[str, Any]:

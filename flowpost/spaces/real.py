@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from .._checks import as_tensor, check_finite, check_positive_int
 from .._normal import ndtr
-from .base import Scale, Space
+from .base import Placement, Scale, Space
 
-__all__ = ["Interval", "Positive", "Real"]
+__all__ = ["Interval", "Line", "Positive", "Real"]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _OUTLIER_RATIO = 10.0
@@ -43,7 +44,59 @@ def _moments(y: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std > 1e-12 * size, std, size)
 
 
-class Real(Space):
+class Line(Space):
+    """A space with a chart to the plane, in which location and width are a shift and a factor.
+
+    With a reference the chart is whitened about it, and the location is in units of the width.
+    """
+
+    @abstractmethod
+    def to_plane(self, z: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+        """Chart labels (..., k) onto whitened coordinates (..., k), with ladj (..., k)."""
+
+    @abstractmethod
+    def from_plane(self, r: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+        """Inverse of `to_plane`: labels (..., k) with the ladj (..., k) of that direction."""
+
+    @abstractmethod
+    def about(self, scale: Scale, reference: Tensor) -> Scale:
+        """Whitening relative to references (..., k)."""
+
+    def to_residual(self, z: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Residuals of labels about their location in units of the width."""
+        scale = at.scale if at.reference is None else self.about(at.scale, at.reference)
+        r, ladj = self.to_plane(z, scale)
+        r, ladj = r.to(at.location.dtype), ladj.to(at.location.dtype)
+        if at.reference is None:
+            v = (r - at.location) * torch.exp(-at.log_width)
+        else:
+            v = r * torch.exp(-at.log_width) - at.location
+        return v, ladj - at.log_width
+
+    def from_residual(self, v: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Labels of residuals."""
+        width = torch.exp(at.log_width)
+        if at.reference is None:
+            z, ladj = self.from_plane(at.location + v * width, at.scale)
+        else:
+            scale = self.about(at.scale, at.reference)
+            z, ladj = self.from_plane((at.location + v) * width, scale)
+        return z, ladj.to(v.dtype) + at.log_width
+
+    def centre(self, scale: Scale) -> Tensor:
+        """The label at the middle of the whitened chart."""
+        return self.from_plane(torch.zeros_like(scale.loc), scale)[0]
+
+    def step(self, z: Tensor, move: Tensor, scale: Scale) -> Tensor:
+        """Labels a step away in the whitened chart."""
+        return self.from_plane(self.to_plane(z, scale)[0] + move, scale)[0]
+
+    def spread(self, z: Tensor, scale: Scale) -> Tensor:
+        """Standard deviation of draws in the whitened chart."""
+        return self.to_plane(z, scale)[0].std(0)
+
+
+class Real(Line):
     """Real labels, whitened column by column.
 
     Arguments:
@@ -66,10 +119,17 @@ class Real(Space):
         """Whether labels are finite."""
         return torch.isfinite(z).all(-1)
 
-    def fit_scale(self, z: Tensor, weight: Tensor | None = None) -> Scale:
+    def fit_scale(
+        self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
+    ) -> Scale:
         """Mean and standard deviation of each column."""
-        loc, scale = _moments(z.double(), weight)
+        y = z.double() if reference is None else z.double() - reference.double()
+        loc, scale = _moments(y, weight)
         return Scale(torch.ones_like(loc), loc, scale)
+
+    def about(self, scale: Scale, reference: Tensor) -> Scale:
+        """Whitening of the offset from references."""
+        return Scale(scale.unit, scale.loc + reference, scale.scale)
 
     def config(self) -> dict[str, Any]:
         """JSON description."""
@@ -85,7 +145,7 @@ class Real(Space):
         return f"Real({self.label_size})"
 
 
-class Positive(Space):
+class Positive(Line):
     """Labels above zero: energies, fluxes, times, redshifts; the chart is the exponential.
 
     Mean and standard deviation of a posterior of heavy tail in log z can be infinite; median and
@@ -117,15 +177,21 @@ class Positive(Space):
         """Whether labels are finite and above zero."""
         return self._inside(z).all(-1)
 
-    def fit_scale(self, z: Tensor, weight: Tensor | None = None) -> Scale:
+    def fit_scale(
+        self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
+    ) -> Scale:
         """Mean and standard deviation of log z, about a power of two as the unit.
 
         The power of two makes the chart exactly the same for labels in units that differ by one.
         """
-        z = z.double()
+        z = z.double() if reference is None else z.double() / reference.double()
         unit = torch.exp2(torch.log2(z).median(0).values.round())
         loc, scale = _moments(torch.log(z / unit), weight)
         return Scale(unit, loc, scale)
+
+    def about(self, scale: Scale, reference: Tensor) -> Scale:
+        """Whitening of the factor over references."""
+        return Scale(scale.unit * reference, scale.loc, scale.scale)
 
     def config(self) -> dict[str, Any]:
         """JSON description."""
@@ -147,7 +213,7 @@ class Positive(Space):
         return f"Positive({self.label_size}{clip})"
 
 
-class Interval(Space):
+class Interval(Line):
     """Labels between two bounds: z = a + (b − a) Φ(y), which makes uniform labels standard normal.
 
     Arguments:
@@ -210,12 +276,23 @@ class Interval(Space):
         """Whether labels lie strictly between the bounds."""
         return self._inside(z).all(-1)
 
-    def fit_scale(self, z: Tensor, weight: Tensor | None = None) -> Scale:
+    def fit_scale(
+        self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
+    ) -> Scale:
         """Mean and standard deviation of the normal quantiles."""
-        unit = self.default_scale()
-        y, _ = self.to_plane(z.double(), Scale(*(t.to(z.device, torch.float64) for t in unit)))
+        y = self._quantile(z.double())
+        if reference is not None:
+            y = y - self._quantile(reference.double())
         loc, scale = _moments(y, weight)
         return Scale(torch.ones_like(loc), loc, scale)
+
+    def _quantile(self, z: Tensor) -> Tensor:
+        unit = self.default_scale()
+        return self.to_plane(z, Scale(*(t.to(z) for t in unit)))[0]
+
+    def about(self, scale: Scale, reference: Tensor) -> Scale:
+        """Whitening of the offset from the normal quantiles of references."""
+        return Scale(scale.unit, scale.loc + self._quantile(reference), scale.scale)
 
     def config(self) -> dict[str, Any]:
         """JSON description."""

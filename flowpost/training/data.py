@@ -20,17 +20,19 @@ __all__ = ["Batch", "loader", "sample_of", "split", "to_batch"]
 _SCALE_EVENTS = 50_000
 _FORMS = (
     "Give labels alone (context=0), a tuple (x, z), (x, z, weight) or (x, z, weight, mask), or a "
-    "dict with keys x, z, weight, mask; x may itself be a tuple or dict of tensors."
+    "dict with keys x, z, weight, mask, reference; x and reference may be dicts of tensors, x a "
+    "tuple."
 )
 
 
 class Batch(NamedTuple):
-    """Inputs, labels, and optional weights and masks of N events."""
+    """Inputs, labels, and optional weights, masks and references of N events."""
 
     x: Any
     z: Any
     weight: Any = None
     mask: Any = None
+    reference: Any = None
 
 
 def to_batch(data: Any) -> Batch:
@@ -44,8 +46,9 @@ def to_batch(data: Any) -> Batch:
     if isinstance(data, Mapping):
         unknown = set(data) - set(Batch._fields)
         if "z" not in data or unknown:
-            raise ValueError(f"Expected keys x, z, weight, mask; got {', '.join(data)}. {_FORMS}")
-        return Batch(data.get("x"), data["z"], data.get("weight"), data.get("mask"))
+            keys = ", ".join(Batch._fields)
+            raise ValueError(f"Expected keys {keys}; got {', '.join(data)}. {_FORMS}")
+        return Batch(**{"x": None, **data})
     if isinstance(data, (tuple, list)):
         if not 1 <= len(data) <= 4:
             raise ValueError(f"Expected one to four parts; got {len(data)}. {_FORMS}")
@@ -251,9 +254,10 @@ def sample_of(data: Any, batches: DataLoader) -> Batch:
     mask = None
     if found[0].mask is not None:
         mask = torch.cat([torch.as_tensor(b.mask) for b in found])
-    inputs = found[0].x
+    inputs, sizes = found[0].x, [len(b.z) for b in found]
     if len(found) > 1:
         # a form that only the encoder knows stays its first batch
         with suppress(RuntimeError, TypeError, ValueError):
-            inputs = _joined([b.x for b in found], [len(b.z) for b in found])
-    return Batch(inputs, labels, weights, mask)
+            inputs = _joined([b.x for b in found], sizes)
+    reference = _joined([b.reference for b in found], sizes)
+    return Batch(inputs, labels, weights, mask, reference)

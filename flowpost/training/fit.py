@@ -62,9 +62,10 @@ def fit(
     Arguments:
         model: Encoder and head.
         train: Tensors `(x, z)`, `(x, z, weight)` or `(x, z, weight, mask)`, labels alone for an
-            unconditional density, a dict of those names, a `Dataset` or a `DataLoader` of such
-            events. x has shape (N, …) and may be a tuple or dict of tensors, the arguments of the
-            encoder; z has shape (N, D), weight (N,), mask (N, D).
+            unconditional density, a dict of those names and `reference`, a `Dataset` or a
+            `DataLoader` of such events. x has shape (N, …) and may be a tuple or dict of tensors,
+            the arguments of the encoder; z has shape (N, D), weight (N,), mask (N, D), reference
+            (N, D) or a dict by block.
         val: A fraction of the events, or data as `train`.
         epochs: Passes over the training part.
         batch_size: Events of a step; a `DataLoader` has its own.
@@ -275,7 +276,7 @@ def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
         return
     batch: Batch = sample_of(train, batches)
     if not bool(model.head.fitted):
-        z, weight = batch.z, batch.weight
+        z, weight, reference = batch.z, batch.weight, batch.reference
         if batch.mask is not None:
             # whiten a column by the events that have it
             known = torch.as_tensor(batch.mask).reshape(len(z), -1).all(-1)
@@ -284,7 +285,11 @@ def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
                     "Expected at least one event with all labels; every one is masked."
                 )
             z, weight = z[known], None if weight is None else weight[known]
-        model.head.fit_scale(z, weight)
+            if isinstance(reference, dict):
+                reference = {k: torch.as_tensor(v)[known] for k, v in reference.items()}
+            elif reference is not None:
+                reference = torch.as_tensor(reference)[known]
+        model.head.fit_scale(z, weight, reference)
     if wanted:
         x = batch.x
         if isinstance(x, dict):

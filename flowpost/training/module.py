@@ -193,7 +193,9 @@ def module_class() -> type:
         def training_step(self, data: Any, index: int) -> Tensor | None:
             """Joint KL of a batch; None, and the end of the training, where it is not finite."""
             batch = to_batch(data)
-            log_prob = self.model.head.log_prob(self.model.encode(batch.x), batch.z, batch.mask)
+            log_prob = self.model.head.log_prob(
+                self.model.encode(batch.x), batch.z, batch.mask, reference=batch.reference
+            )
             loss = weighted_mean(-log_prob, batch.weight, self.signed_weights)
             if not bool(torch.isfinite(loss)):
                 self.diverged = self.trainer.should_stop = True
@@ -213,9 +215,13 @@ def module_class() -> type:
             batch = to_batch(data)
             context, u = self.model.encode(batch.x), None
             if batch.mask is None:
-                u, log_prob = self.model.head.to_base_and_log_prob(context, batch.z)
+                u, log_prob = self.model.head.to_base_and_log_prob(
+                    context, batch.z, reference=batch.reference
+                )
             else:
-                log_prob = self.model.head.log_prob(context, batch.z, batch.mask)
+                log_prob = self.model.head.log_prob(
+                    context, batch.z, batch.mask, reference=batch.reference
+                )
             weight = torch.ones_like(log_prob)
             if batch.weight is not None:
                 weight = check_weights(batch.weight, log_prob, self.signed_weights)

@@ -1,0 +1,226 @@
+r"""Labels on the sphere: directions as unit 3-vectors, with densities per steradian.
+
+The chart takes :math:`N(0, I_2)` to a von Mises–Fisher density of bounded :math:`\kappa` about
+the first axis of a predicted frame, bends it to an ellipse by :math:`w \to A w / |A w|`, and
+brings it to the predicted width by a conformal zoom:
+
+.. math:: 1 - \cos\theta = -\ln\big(s + (1 - s) e^{-2\kappa}\big)/\kappa, \quad s = e^{-r^2/2},
+          \qquad \tan(\theta'/2) = t \tan(\theta/2).
+
+All are closed-form diffeomorphisms of the sphere, so nothing happens at a pole or at the antipode,
+and a label far out costs tens of nats. Angles are kept as :math:`h = \sin^2(\theta/2)` and
+:math:`1 - h`, each from the side on which it does not cancel, so that arc-seconds fit in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._polar import plane_to_vmf, project, radial, radial_inverse, vmf_ladj, vmf_to_plane, zoom
+from .base import Placement, Scale, Space
+
+__all__ = ["Sphere", "unit_vectors", "within_tolerance"]
+
+_TOLERANCE = 1e-3
+_SMALLEST_KAPPA, _LARGEST_KAPPA = 1e-3, 12.0
+# median of sin²(θ/2) at the κ = 6 from which a head starts
+_START_MEDIAN = math.log(2) / 12
+# splines end here, and beyond it a base coordinate tells others ever less
+BOUND, _FAR = 5.0, 6.0
+_TINY = 1e-30
+
+
+class Sphere(Space):
+    """Directions as unit vectors (x, y, z); `flowpost.directions` takes angles there and back.
+
+    Vectors whose length is within 10⁻³ of 1 are normalised, others are refused.
+
+    Example:
+        >>> import flowpost as fp
+        >>> head = fp.PosteriorHead(16, fp.Product(energy=fp.Positive(), direction=fp.Sphere()))
+        >>> q = head(torch.zeros(5, 16))["direction"]
+        >>> q.sample((100,)).shape
+        torch.Size([100, 5, 3])
+    """
+
+    label_size, dof, compact = 3, 2, True
+    location_size, width_size, shape_size, has_profile = 6, 2, 2, True
+    feature_size, own_size = 5, 2
+
+    def to_residual(self, z: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Coordinates (..., 2) of directions in the plane of a standard normal."""
+        axis, first, second = self._frame(at, z.dtype)
+        cosine = (axis * z).sum(-1)
+        # z − μ near the axis and z + μ near the antipode are exact where cos θ is rounded
+        offset = z - torch.copysign(torch.ones_like(cosine), cosine)[..., None] * axis
+        across = torch.stack([(first * offset).sum(-1), (second * offset).sum(-1)], -1)
+        square = (across**2).sum(-1).clamp_min(_TINY)
+        small = square / (2 * (1 + cosine.abs()))
+        h, rest = (
+            torch.where(cosine >= 0, small, 1 - small),
+            torch.where(cosine >= 0, 1 - small, small),
+        )
+        log_t, kappa = self._widths(at)
+        h, rest, ladj = zoom(h, rest, -log_t.to(z.dtype))
+        a = across / square.sqrt()[..., None]
+        a, h, rest, ladj = (t.to(log_t.dtype) for t in (a, h, rest, ladj))
+        if at.shape is not None:
+            a, h, rest, growth = project(a, h, rest, -at.shape)
+            ladj = ladj + growth
+        half = vmf_to_plane(h, rest, kappa)
+        ladj = ladj + vmf_ladj(h, half, kappa)
+        r = (2 * half).clamp_min(_TINY).sqrt()
+        if at.profile is not None:
+            r, growth = radial(r, at.profile, BOUND)
+            ladj = ladj + growth
+        return r[..., None] * a, (ladj / 2)[..., None].expand(*ladj.shape, 2)
+
+    def from_residual(self, v: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
+        """Directions of coordinates in the plane."""
+        log_t, kappa = self._widths(at)
+        r = (v**2).sum(-1).clamp_min(_TINY).sqrt()
+        a, ladj = v / r[..., None], torch.zeros_like(r)
+        if at.profile is not None:
+            r, ladj = radial_inverse(r, at.profile, BOUND)
+        half = r**2 / 2
+        h, rest = plane_to_vmf(half, kappa)
+        ladj = ladj - vmf_ladj(h, half, kappa)
+        if at.shape is not None:
+            a, h, rest, growth = project(a, h, rest, at.shape)
+            ladj = ladj + growth
+        h, rest, growth = zoom(h, rest, log_t)
+        ladj = ladj + growth
+        kind = v.dtype if at.reference is None else torch.promote_types(v.dtype, at.reference.dtype)
+        axis, first, second = self._frame(at, kind)
+        a, h, rest = a.to(kind), h.to(kind), rest.to(kind)
+        across = 2 * (h * rest).clamp_min(_TINY).sqrt()[..., None] * a
+        z = (rest - h)[..., None] * axis + across[..., :1] * first + across[..., 1:] * second
+        return F.normalize(z, dim=-1), (ladj / 2)[..., None].expand(*ladj.shape, 2)
+
+    def _widths(self, at: Placement) -> tuple[Tensor, Tensor]:
+        """ln t and κ."""
+        raw = at.log_width
+        kappa = _SMALLEST_KAPPA + (_LARGEST_KAPPA - _SMALLEST_KAPPA) * torch.sigmoid(raw[..., 1])
+        return raw[..., 0] + torch.log(at.scale.scale[..., 0]), kappa
+
+    def _frame(self, at: Placement, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """A right-handed frame whose first axis is the location μ."""
+        delta, turn = at.location.to(dtype).split(3, dim=-1)
+        if at.reference is None:
+            zenith, azimuth = at.scale.loc.to(dtype).unbind(-1)
+            frame = _frame_at(zenith, azimuth)
+            axis = frame[2] + at.scale.scale[..., :1].to(dtype) * (delta @ frame)
+            turn = frame[0] + turn @ frame
+        else:
+            # in units of the width: no network gives an arc-second by itself
+            width = torch.sigmoid(self._widths(at)[0]).to(dtype)[..., None]
+            axis = at.reference.to(dtype) + width * delta
+            turn = turn + turn.new_tensor([1.0, 0.0, 0.0])
+        axis = F.normalize(axis, dim=-1)
+        first = _perpendicular(turn, axis)
+        return axis, first, torch.linalg.cross(axis, first)
+
+    def condition(self, u: Tensor) -> Tensor:
+        """The coordinates for each other, and the 3-vector of a uniform chart for other labels."""
+        half = (u**2).sum(-1, keepdim=True).clamp_min(_TINY) / 2
+        rest, h = torch.exp(-half), -torch.expm1(-half)
+        across = u * torch.sqrt(2 * h * rest / half)
+        return torch.cat([u.clamp(-BOUND, BOUND), across, rest - h], -1)
+
+    def lean(self, v: Tensor) -> Tensor:
+        """Coordinates that vanish at the antipode, where they have no direction."""
+        square = (v**2).sum(-1, keepdim=True)
+        return v * ((_FAR**2 - square) / (_FAR**2 - BOUND**2)).clamp(0, 1)
+
+    def centre(self, scale: Scale) -> Tensor:
+        """The mean direction."""
+        return _frame_at(*scale.loc.unbind(-1))[2]
+
+    def step(self, z: Tensor, move: Tensor, scale: Scale) -> Tensor:
+        """Directions a step away, in radians along two axes of the tangent plane."""
+        first = _perpendicular(torch.ones_like(z), z)
+        across = move[..., :1] * first + move[..., 1:] * torch.linalg.cross(z, first)
+        return F.normalize(z + across, dim=-1)
+
+    def spread(self, z: Tensor, scale: Scale) -> Tensor:
+        """Root mean square of the chord to the mean direction, for each of two axes, in radians."""
+        chord = ((z - self.mean(z)) ** 2).sum(-1).mean(0)
+        return (chord / 2).sqrt()[..., None].expand(*chord.shape, 2)
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Spherical mean: the direction of the mean vector."""
+        return F.normalize(z.mean(0), dim=-1)
+
+    def contains(self, z: Tensor) -> Tensor:
+        """Whether labels are unit vectors within the tolerance."""
+        return within_tolerance(z)
+
+    def fit_scale(
+        self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
+    ) -> Scale:
+        """Mean direction as zenith and azimuth, and the width of a head without context."""
+        z = z.double()
+        w = torch.ones_like(z[:, 0]) if weight is None else weight.to(z)
+        w = w / w.sum()
+        centre = F.normalize((w[:, None] * z).sum(0), dim=0)
+        about = centre if reference is None else reference.double()
+        h = (((z - about) ** 2).sum(-1) / 4).sort()
+        at = torch.searchsorted(w[h.indices].cumsum(0), torch.tensor(0.5, dtype=w.dtype))
+        median = h.values[at.clamp_max(len(z) - 1)]
+        t = (median / _START_MEDIAN).sqrt().clamp(1e-8, 1.0)
+        zenith = torch.atan2(centre[:2].norm(), centre[2])
+        azimuth = torch.atan2(centre[1], centre[0])
+        ones = torch.ones(2, dtype=torch.float64, device=z.device)
+        return Scale(ones, torch.stack([zenith, azimuth]), t * ones)
+
+    def config(self) -> dict[str, Any]:
+        """JSON description."""
+        return {"type": "Sphere"}
+
+    def _inside(self, z: Tensor) -> Tensor:
+        return within_tolerance(z)[..., None] & torch.isfinite(z)
+
+    def _clip(self, z: Tensor) -> Tensor:
+        return unit_vectors(z)
+
+    def _requirement(self) -> str:
+        return "unit vectors (x, y, z) as labels of Sphere, of a length within 1e-3 of 1"
+
+    def _describe(self, z: Tensor, value: float) -> str:
+        return f"{z.tolist()} of length {float(z.norm()):g}"
+
+    def __repr__(self) -> str:
+        return "Sphere()"
+
+
+def within_tolerance(z: Tensor) -> Tensor:
+    """Whether vectors (..., k) are of unit length, of shape (...)."""
+    return (z.norm(dim=-1) - 1).abs() <= _TOLERANCE
+
+
+def unit_vectors(z: Tensor) -> Tensor:
+    """Vectors (..., k) with those of unit length within the tolerance normalised."""
+    length = z.norm(dim=-1, keepdim=True)
+    return torch.where(within_tolerance(z)[..., None], z / length, z)
+
+
+def _frame_at(zenith: Tensor, azimuth: Tensor) -> Tensor:
+    """Rows: towards growing zenith, towards growing azimuth, outwards; the identity at (0, 0)."""
+    ct, st, cp, sp = zenith.cos(), zenith.sin(), azimuth.cos(), azimuth.sin()
+    zero = torch.zeros_like(ct)
+    rows = [ct * cp, ct * sp, -st, -sp, cp, zero, st * cp, st * sp, ct]
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def _perpendicular(vector: Tensor, axis: Tensor) -> Tensor:
+    """The unit vector in the plane of both that is perpendicular to the axis (Gram–Schmidt)."""
+    across = vector - (vector * axis).sum(-1, keepdim=True) * axis
+    along = (across**2).sum(-1, keepdim=True) < 1e-6 * (vector**2).sum(-1, keepdim=True)
+    other = F.one_hot(axis.abs().argmin(-1), 3).to(axis)
+    other = other - (other * axis).sum(-1, keepdim=True) * axis
+    return F.normalize(torch.where(along, other, across), dim=-1)
