@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from . import diagnostics, directions, encoders, losses, simulators
+from . import diagnostics, directions, encoders, losses, simulators, skymap
 from .diagnostics import coverage
 from .head import PosteriorHead, PosteriorModel
 from .io import load, save
@@ -40,4 +40,5 @@ __all__ = [
     "losses",
     "save",
     "simulators",
+    "skymap",
 ]

@@ -122,7 +122,8 @@ def test_heavy_packages_are_imported_lazily(path):
     if part_of(path) in ("plots", "cli"):
         return
     eager = {t[0] for t, lazy in imports_of(path) if not lazy}
-    assert not eager & {"matplotlib", "healpy", "lightning", "sklearn", "h5py", "pyhf", "iminuit"}
+    assert not eager & {"matplotlib", "healpy", "astropy", "lightning"}
+    assert not eager & {"sklearn", "h5py", "pyhf", "iminuit"}
     stats = {".".join(t[:2]) for t, lazy in imports_of(path) if not lazy}
     assert "scipy.stats" not in stats
 
@@ -163,7 +164,7 @@ def run(code):
 
 def test_import_is_light():
     heavy = ("matplotlib", "healpy", "lightning", "pytorch_lightning", "sklearn", "scipy.stats",
-             "h5py", "pandas", "pyhf", "iminuit")  # fmt: skip
+             "h5py", "pandas", "pyhf", "iminuit", "astropy")  # fmt: skip
     found = run(f"import sys, flowpost; print([m for m in {heavy} if m in sys.modules])")
     assert found == "[]"
 

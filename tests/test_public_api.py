@@ -11,7 +11,7 @@ import flowpost as fp
 NAMES = """
 Circle Interval Positive Posterior PosteriorHead PosteriorModel Product Real Sphere
 coverage fit load save
-diagnostics directions encoders losses simulators
+diagnostics directions encoders losses simulators skymap
 """
 
 MODULES = {

@@ -7,6 +7,7 @@ from flowpost.plots.coverage import plot_coverage, plot_pulls, plot_ranks
 from flowpost.plots.gallery import plot_gallery
 from flowpost.plots.history import plot_history
 from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
+from flowpost.plots.skymap import plot_skymap, plot_zoom
 
 __all__ = [
     "Region",
@@ -19,4 +20,6 @@ __all__ = [
     "plot_history",
     "plot_pulls",
     "plot_ranks",
+    "plot_skymap",
+    "plot_zoom",
 ]
