@@ -46,6 +46,8 @@ class PosteriorHead(nn.Module):
             where there are many labels.
         dropout: Share of conditioner units dropped in training mode, once per event; where it is
             None, `flowpost.fit` drops a tenth and a loop of your own none.
+        warps: Zonal warps of each `Sphere`, for densities with fine structure all over the sky
+            (some 32 where there is no context); a posterior around one direction needs none.
         reference: Whether every event brings a first guess of its label, to which the location is
             relative: True, False, or the names of the blocks that have one. Where it is None,
             `fit_scale` decides by what it is given.
@@ -77,6 +79,7 @@ class PosteriorHead(nn.Module):
         hidden: int = 64,
         coupling: bool = False,
         dropout: float | None = None,
+        warps: int = 0,
         reference: bool | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
@@ -99,6 +102,7 @@ class PosteriorHead(nn.Module):
             "hidden": check_positive_int(hidden, "hidden"),
             "coupling": bool(coupling),
             "dropout": None if dropout is None else float(dropout),
+            "warps": check_positive_int(warps, "warps", minimum=0),
             "reference": None,
         }
         if reference is not None:
@@ -112,6 +116,7 @@ class PosteriorHead(nn.Module):
             hidden=self._options["hidden"],
             coupling=self._options["coupling"],
             dropout=self._options["dropout"] or 0.0,
+            warps=self._options["warps"],
         )
         for name, value in space.default_scale()._asdict().items():
             self.register_buffer(name, value)
@@ -145,7 +150,7 @@ class PosteriorHead(nn.Module):
             weight = check_weights(weight, z[:, 0].double())
             if not bool(weight.sum() > 0):
                 raise ValueError("Expected weights with a positive sum; all are 0.")
-        guess, flags = self._reference(reference)
+        guess, flags = self._reference(reference, 2)
         if guess is not None:
             guess = guess.detach().cpu()
             if guess.shape != z.shape:
@@ -192,8 +197,10 @@ class PosteriorHead(nn.Module):
                 )
         return chosen
 
-    def _reference(self, reference: Any) -> tuple[Tensor | None, tuple[bool, ...]]:
-        """First guesses (..., D), and which leaf blocks have one."""
+    def _reference(
+        self, reference: Any, ndim: int | None = None
+    ) -> tuple[Tensor | None, tuple[bool, ...]]:
+        """First guesses (..., D) of so many dimensions, and which leaf blocks have one."""
         blocks, wanted = self.space.blocks, self._options["reference"]
         if reference is None:
             names: list[str] = []
@@ -208,37 +215,40 @@ class PosteriorHead(nn.Module):
         if reference is None:
             return None, (False,) * len(blocks)
         if isinstance(reference, Mapping):
-            reference = self._packed(reference)
-        z = self._columns(as_tensor(reference, "reference", like=self.flow.bias))
+            z = self._packed(reference, ndim)
+        else:
+            z = as_tensor(reference, "reference", like=self.flow.bias)
+            z = _column(z, ndim) if self.space.label_size == 1 else z
         z = self.space.validate(z, "reference").to(self.flow.bias.device)
         return z, tuple(b.name in names for b in blocks)
 
-    def _packed(self, reference: Mapping[str, Any]) -> Tensor:
+    def _packed(self, reference: Mapping[str, Any], ndim: int | None) -> Tensor:
         """References by name as label columns, with the centre of the labels in the others."""
-        parts = {}
+        parts: dict[str, tuple[slice, Tensor]] = {}
         for name, value in reference.items():
             of = [b for b in self.space.blocks if b.name == name or b.name.startswith(f"{name}.")]
             columns = slice(min(b.columns.start for b in of), max(b.columns.stop for b in of))
             value = as_tensor(value, f"reference[{name!r}]", like=self.flow.bias)
+            parts[name] = columns, value
+            if columns.stop - columns.start > 1:
+                ndim = value.ndim
+        for name, (columns, value) in parts.items():
             size = columns.stop - columns.start
-            if size == 1 and value.shape[-1:] != (1,):
-                value = value.unsqueeze(-1)
+            value = _column(value, ndim) if size == 1 else value
             if value.shape[-1:] != (size,):
                 raise ValueError(
                     f"Expected reference[{name!r}] of shape (N, {size}); got {tuple(value.shape)}."
                 )
-            parts[columns] = value
-        shapes = {v.shape[:-1] for v in parts.values()}
+            parts[name] = columns, value
+        shapes = {tuple(v.shape[:-1]) for _, v in parts.values()}
         if len(shapes) != 1:
-            raise ValueError(
-                f"Expected references of as many events each; got {sorted(map(tuple, shapes))}."
-            )
-        first = next(iter(parts.values()))
-        kind = torch.promote_types(first.dtype, self.loc.dtype)
+            raise ValueError(f"Expected references of as many events each; got {sorted(shapes)}.")
+        kind = self.loc.dtype
+        for _, value in parts.values():
+            kind = torch.promote_types(kind, value.dtype)
         z = self.space.centre(Scale(self.unit, self.loc, self.scale)).to(kind)
-        z = z.expand(*first.shape[:-1], -1).clone()
-        for columns, value in parts.items():
-            z = z.to(torch.promote_types(z.dtype, value.dtype))
+        z = z.expand(*shapes.pop(), -1).clone()
+        for columns, value in parts.values():
             z[..., columns] = value.to(z)
         return z
 
@@ -286,7 +296,7 @@ class PosteriorHead(nn.Module):
         """
         scale = Scale(self.unit.clone(), self.loc.clone(), self.scale.clone())
         context = self._context(context)
-        guess, flags = self._reference(reference)
+        guess, flags = self._reference(reference, None if context is None else context.ndim)
         if guess is not None and context is not None and guess.shape[:-1] != context.shape[:-1]:
             raise ValueError(
                 f"Expected one reference for each context; got contexts of shape "
@@ -391,6 +401,12 @@ class PosteriorHead(nn.Module):
             earlier = whole
             parts.append(whole.unsqueeze(-1).expand(*whole.shape, block.space.dof))
         return torch.cat(parts, -1)
+
+
+def _column(value: Tensor, ndim: int | None) -> Tensor:
+    """Values (N,) of one column as (N, 1); `ndim` tells one event from one column."""
+    bare = value.ndim < ndim if ndim is not None else value.ndim < 2 or value.shape[-1:] != (1,)
+    return value.unsqueeze(-1) if bare else value
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -289,7 +289,8 @@ def test_config_builds_the_same_head():
     config = head.config()
     assert config.pop("space") == SPACE.config()
     assert config == {"context": 5, "flow": "affine", "layers": 3, "bins": 7, "hidden": 9,
-                      "coupling": True, "dropout": 0.1, "reference": None}  # fmt: skip
+                      "coupling": True, "dropout": 0.1, "warps": 0,
+                      "reference": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from .._checks import check_positive_int
-from ..spaces import Block, Placement, Product, Scale, Space
+from ..spaces import Block, Placement, Product, Scale, Space, Sphere
 from .spline import (
     Conditioner,
     base_features,
@@ -35,6 +35,7 @@ from .spline import (
     spline_inverse,
 )
 from .tail import tail, tail_inverse
+from .warps import warp, warp_inverse, warp_size
 
 __all__ = ["BoundFlow", "BoundLayer", "ResidualFlow", "RUNGS"]
 
@@ -90,6 +91,12 @@ class BoundFlow:
         lower: Strictly lower triangle of L⁻¹, of shape (*batch, d, d), or None.
         layers: Spline layers from the label towards the base.
         tail_bound: Bound of the tail, or None.
+        shape: Predicted shapes of the blocks, of shape (*batch, ...), or None.
+        profile: Predicted radial profiles of the blocks, of shape (*batch, ...), or None.
+        warps: Predicted warps of each sphere, of shape (*batch, spheres, ...), or None.
+        warp_count: Zonal warps of each sphere.
+        reference: First guesses of the labels, of shape (*batch, D), or None.
+        referenced: Which blocks, in the order of the flow, are relative to the reference.
     """
 
     space: Space
@@ -100,6 +107,8 @@ class BoundFlow:
     layers: tuple[BoundLayer, ...] = ()
     shape: Tensor | None = None
     profile: Tensor | None = None
+    warps: Tensor | None = None
+    warp_count: int = 0
     reference: Tensor | None = None
     referenced: tuple[bool, ...] = ()
     tail_bound: float | None = None
@@ -137,6 +146,14 @@ class BoundFlow:
             scale = Scale(*(t[b.base] for t in self.scale))
             yield b, Placement(location, log_width, scale, shape, profile, reference)
 
+    def _warped(self, block: Block, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Labels (..., D) through the warps of their block, if it has any, and ladj (...)."""
+        if self.warps is None or not isinstance(block.space, Sphere):
+            return z, torch.zeros((), device=z.device)
+        spheres = [b.base for b in self.space.blocks if isinstance(b.space, Sphere)]
+        own = self.warps[..., spheres.index(block.base), :]
+        return (warp_inverse if inverse else warp)(z, own, self.warp_count)
+
     def _lean(self, v: Tensor) -> Tensor:
         if not any(b.space.compact for b in self.space.blocks):
             return v
@@ -156,6 +173,18 @@ class BoundFlow:
             return out, ladj
         return torch.where(compact, v, out), ladj.masked_fill(compact, 0.0)
 
+    def _bent(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Coordinates through the spline layers, which see each block as it widens it."""
+        blocks = self.space.blocks
+        start = torch.cat([b.space.widen(v[..., b.base]) for b in blocks], -1)
+        w, ladj = start, torch.zeros_like(v)
+        for layer in reversed(self.layers) if inverse else self.layers:
+            w, step = (layer.from_base if inverse else layer.to_base)(w, blocks)
+            ladj = ladj + step
+        parts = [b.space.narrow(*(t[..., b.base] for t in (v, start, w, ladj))) for b in blocks]
+        out, ladjs = zip(*parts, strict=True)
+        return torch.cat(out, -1), torch.cat(ladjs, -1)
+
     def to_base(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Base coordinates (*sample, *batch, d) of labels (*sample, *batch, D), and ladj alike."""
         # full precision also under a user's autocast
@@ -163,7 +192,11 @@ class BoundFlow:
             return self._to_base(z)
 
     def _to_base(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [b.space.to_residual(z[..., b.columns], at) for b, at in self._placements()]
+        parts = []
+        for b, at in self._placements():
+            label, growth = self._warped(b, z[..., b.columns], inverse=False)
+            part, step = b.space.to_residual(label, at)
+            parts.append((part, step + growth[..., None].to(step.dtype) / b.space.dof))
         v = torch.cat([v for v, _ in parts], -1)
         ladj = torch.cat([j for _, j in parts], -1)
         if self.lower is not None:
@@ -171,8 +204,8 @@ class BoundFlow:
         if self.tail_bound is not None:
             v, step = self._stretch(v, inverse=True)
             ladj = ladj + step
-        for layer in self.layers:
-            v, step = layer.to_base(v, self.space.blocks)
+        if self.layers:
+            v, step = self._bent(v, inverse=False)
             ladj = ladj + step
         return v, ladj
 
@@ -183,8 +216,8 @@ class BoundFlow:
 
     def _from_base(self, u: Tensor) -> tuple[Tensor, Tensor]:
         ladj = torch.zeros_like(u)
-        for layer in reversed(self.layers):
-            u, step = layer.from_base(u, self.space.blocks)
+        if self.layers:
+            u, step = self._bent(u, inverse=True)
             ladj = ladj + step
         if self.tail_bound is not None:
             u, step = self._stretch(u, inverse=False)
@@ -195,6 +228,8 @@ class BoundFlow:
         steps = []
         for b, at in self._placements():
             part, step = b.space.from_residual(u[..., b.base], at)
+            part, growth = self._warped(b, part, inverse=True)
+            step = step + growth[..., None].to(step.dtype) / b.space.dof
             z.append((b.columns.start, part))
             steps.append(step)
         labels = torch.cat([part for _, part in sorted(z, key=lambda p: p[0])], -1)
@@ -227,6 +262,7 @@ class BoundFlow:
             lower=None if self.lower is None else change(self.lower, 2),
             shape=None if self.shape is None else change(self.shape, 1),
             profile=None if self.profile is None else change(self.profile, 1),
+            warps=None if self.warps is None else change(self.warps, 2),
             reference=None if self.reference is None else change(self.reference, 1),
             layers=tuple(
                 replace(
@@ -288,6 +324,7 @@ class BoundFlow:
         shapes = sum(b.space.shape_size for b in blocks)
         profiles = sum(b.space.has_profile for b in blocks)
         profiled = sum(b.space.has_profile for b in self.space.blocks)
+        spheres = sum(isinstance(b.space, Sphere) for b in blocks)
         reference = self.reference
         if reference is not None:
             reference = torch.cat([reference[..., b.columns] for b in blocks], -1)
@@ -305,6 +342,7 @@ class BoundFlow:
                 if self.profile is not None and profiles
                 else None
             ),
+            warps=None if self.warps is None or not spheres else self.warps[..., :spheres, :],
             reference=reference,
             referenced=self.referenced[:count],
         )
@@ -331,6 +369,7 @@ class ResidualFlow(nn.Module):
         dropout: Share of conditioner units dropped in training, drawn once per event.
         bound: Splines are the identity beyond it.
         tail_bound: The tail begins here.
+        warps: Zonal warps of each sphere, for fine structure all over the sky.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -349,6 +388,7 @@ class ResidualFlow(nn.Module):
         dropout: float = 0.0,
         bound: float = 5.0,
         tail_bound: float = 5.0,
+        warps: int = 0,
     ) -> None:
         super().__init__()
         if rung not in RUNGS:
@@ -359,6 +399,13 @@ class ResidualFlow(nn.Module):
         self.hidden = check_positive_int(hidden, "hidden")
         self.bound, self.tail_bound = bound, tail_bound
         self.dropout = dropout
+        self.warps = check_positive_int(warps, "warps", minimum=0)
+        self._spheres = sum(isinstance(b.space, Sphere) for b in space.blocks)
+        if self.warps and (rung != "spline" or not self._spheres):
+            raise ValueError(
+                f"Expected warps=0 unless the flow is 'spline' and a label is a Sphere; got "
+                f"{warps} for {rung!r} on {space!r}."
+            )
         d, spline_size = space.dof, 3 * bins - 1
         count = check_positive_int(layers, "layers") if rung == "spline" else 0
         self.conditioners = nn.ModuleList(
@@ -372,7 +419,8 @@ class ResidualFlow(nn.Module):
         profiles = sum(b.space.has_profile for b in space.blocks) * (rung == "spline")
         self._sections = [space.location_size, space.width_size * (rung != "mse")]
         self._sections += [len(self._pairs), shapes, *[d * spline_size, d * hidden] * count]
-        self._sections += [profiles * 3 * bins]
+        warped = warp_size(self.warps, bins) if self.warps else 0
+        self._sections += [profiles * 3 * bins, self._spheres * warped]
         size = sum(self._sections)
         first = sum(self._sections[:4])
         self.weight = nn.Parameter(torch.zeros(first, context)) if context else None
@@ -391,6 +439,9 @@ class ResidualFlow(nn.Module):
                     hidden_init(self.spline_weight[rows], context)
                 self.bias[first:][rows].uniform_(-1, 1)
                 start += d * hidden
+            if self.warps:
+                axes = self.bias[size - self._spheres * warped :].view(self._spheres, warped)
+                axes[:, warped - 3 * self.warps :].normal_()
 
     def forward(
         self,
@@ -412,7 +463,9 @@ class ResidualFlow(nn.Module):
                 theta = F.linear(context.to(weight.dtype), weight, self.bias)
         if reference is not None:
             theta = theta.expand(*reference.shape[:-1], -1)
-        location, width, triangle, shape, *rest, profile = theta.split(self._sections, dim=-1)
+        location, width, triangle, shape, *rest, profile, warps = theta.split(
+            self._sections, dim=-1
+        )
         if self.log_width is not None:
             width = self.log_width.expand(*theta.shape[:-1], -1)
         log_width = _LARGEST_LOG_WIDTH * torch.tanh(width / _LARGEST_LOG_WIDTH)
@@ -437,6 +490,8 @@ class ResidualFlow(nn.Module):
             tuple(layers),
             shape=shape if shape.shape[-1] else None,
             profile=profile if profile.shape[-1] else None,
+            warps=warps.unflatten(-1, (self._spheres, -1)) if self.warps else None,
+            warp_count=self.warps,
             reference=reference,
             referenced=referenced,
             tail_bound=self.tail_bound if self.rung == "spline" else None,

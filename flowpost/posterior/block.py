@@ -113,7 +113,7 @@ class BlockPosterior(Posterior):
             pieces = []
             for j in range(0, max(1, len(z)), m):
                 own = z[None, j : j + m, i : i + n].expand(self._draws, -1, -1, -1)
-                whole = torch.cat([before.expand(-1, own.shape[1], -1, -1).to(own.dtype), own], -1)
+                whole = torch.cat([before.expand(-1, own.shape[1], -1, -1), own], -1)
                 terms = log_density(*part.to_base(whole))[..., self._skip].sum(-1)
                 pieces.append(torch.logsumexp(terms, 0) - math.log(self._draws))
             columns.append(torch.cat(pieces, 0))

@@ -192,7 +192,7 @@ class Statistics:
             with torch.no_grad():
                 return self.icdf(p.reshape(-1, *[1] * len(self.batch_shape)))
         (values,) = self._reduce(
-            lambda z, _: (torch.quantile(self.space.unwrap(z), p, dim=0).transpose(0, 1),),
+            lambda z, _: (torch.quantile(self.space.unwrap(z), p.to(z), dim=0).transpose(0, 1),),
             draws,
             generator,
         )

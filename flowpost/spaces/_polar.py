@@ -7,6 +7,7 @@ which it does not cancel.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "project",
     "radial",
     "radial_inverse",
+    "rational_quadratic",
     "vmf_ladj",
     "vmf_to_plane",
     "zoom",
@@ -111,9 +113,10 @@ def project(
     return image / stretch.sqrt()[..., None], *out, -1.5 * torch.log(length)
 
 
-def _knots(parameters: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+def _knots(parameters: Tensor, bound: float, ends: int) -> tuple[Tensor, Tensor, Tensor]:
     """Edges on both sides and slopes, each (..., K + 1), of a spline from 0 to the bound."""
-    widths, heights, slopes = parameters.chunk(3, dim=-1)
+    bins = (parameters.shape[-1] - ends) // 3
+    widths, heights, slopes = parameters.split([bins, bins, bins + ends], dim=-1)
     edges = []
     for logits in (widths, heights):
         sizes = torch.softmax(logits / (1 + (2 * logits / _LOG_STEEPEST).abs()), -1)
@@ -121,17 +124,51 @@ def _knots(parameters: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
         # the last edge is the bound itself, whatever the rounding of the sum
         edges.append(bound * edge / edge[..., -1:])
     slopes = torch.exp(slopes / (1 + (slopes / _LOG_STEEPEST).abs()))
-    return edges[0], edges[1], torch.nn.functional.pad(slopes, (0, 1), value=1.0)
+    return edges[0], edges[1], torch.nn.functional.pad(slopes, (0, 1 - ends), value=1.0)
 
 
-def _bin(value: Tensor, edges: Tensor, *others: Tensor) -> list[Tensor]:
-    """Left and right ends of the bin of a value, of its edges and of others."""
+@dataclass(frozen=True)
+class _Bin:
+    """The bin of each value of a rational-quadratic spline: its ends, and slopes there."""
+
+    x0: Tensor
+    x1: Tensor
+    y0: Tensor
+    y1: Tensor
+    d0: Tensor
+    d1: Tensor
+    last: Tensor
+
+    @property
+    def s(self) -> Tensor:
+        return (self.y1 - self.y0) / (self.x1 - self.x0)
+
+    def value(self, xi: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shares of the bin's height below and above, and the slope, at shares ξ and 1 − ξ."""
+        s = self.s
+        total = s + (self.d0 + self.d1 - 2 * s) * xi * eta
+        below = (s * xi**2 + self.d0 * xi * eta) / total
+        above = (s * eta**2 + self.d1 * xi * eta) / total
+        slope = s**2 * (self.d1 * xi**2 + 2 * s * xi * eta + self.d0 * eta**2) / total**2
+        return below, above, slope
+
+    def solve(self, below: Tensor) -> Tensor:
+        """Share ξ of the bin's width at a share of its height."""
+        bend = self.d0 + self.d1 - 2 * self.s
+        a = self.s - self.d0 + below * bend
+        b = self.d0 - below * bend
+        c = -self.s * below
+        # b² − 4ac is positive for a monotone spline; in float32 it can round to below zero
+        root = (b**2 - 4 * a * c).clamp_min(torch.finfo(below.dtype).tiny).sqrt()
+        return (2 * c / (-b - root)).clamp(0, 1)
+
+
+def _bin(value: Tensor, knots: tuple[Tensor, Tensor, Tensor], inverse: bool) -> _Bin:
+    xs, ys, slopes = (t.expand(*value.shape, t.shape[-1]) for t in knots)
+    edges = ys if inverse else xs
     k = torch.searchsorted(edges[..., 1:-1].contiguous(), value[..., None], right=True)
-    ends = []
-    for knots in (edges, *others):
-        knots = knots.expand(*value.shape, knots.shape[-1])
-        ends += [knots.gather(-1, k)[..., 0], knots.gather(-1, k + 1)[..., 0]]
-    return ends
+    ends = [t.gather(-1, j)[..., 0] for t in (xs, ys, slopes) for j in (k, k + 1)]
+    return _Bin(*ends, last=k[..., 0] == xs.shape[-1] - 2)
 
 
 def radial(r: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -147,15 +184,10 @@ def radial(r: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]
     """
     inside = r < bound
     x = torch.where(inside, r, bound / 2)
-    xs, ys, slopes = _knots(parameters, bound)
-    xs = xs.expand(*x.shape, xs.shape[-1])
-    x0, x1, y0, y1, d0, d1 = _bin(x, xs, ys, slopes)
-    s = (y1 - y0) / (x1 - x0)
-    xi = (x - x0) / (x1 - x0)
-    across = xi * (1 - xi)
-    total = s + (d0 + d1 - 2 * s) * across
-    g = y0 + (y1 - y0) * (s * xi**2 + d0 * across) / total
-    slope = s**2 * (d1 * xi**2 + 2 * s * across + d0 * (1 - xi) ** 2) / total**2
+    at = _bin(x, _knots(parameters, bound, 0), inverse=False)
+    xi = (x - at.x0) / (at.x1 - at.x0)
+    below, _, slope = at.value(xi, 1 - xi)
+    g = at.y0 + (at.y1 - at.y0) * below
     growth = torch.log(slope) + torch.log(g / x)
     return torch.where(inside, g, r), torch.where(inside, growth, 0.0)
 
@@ -164,17 +196,42 @@ def radial_inverse(g: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor,
     """Inverse of `radial`, with the growth of that direction."""
     inside = g < bound
     y = torch.where(inside, g, bound / 2)
-    xs, ys, slopes = _knots(parameters, bound)
-    ys = ys.expand(*y.shape, ys.shape[-1])
-    y0, y1, x0, x1, d0, d1 = _bin(y, ys, xs, slopes)
-    s = (y1 - y0) / (x1 - x0)
-    above, bend = y - y0, d0 + d1 - 2 * s
-    a = (y1 - y0) * (s - d0) + above * bend
-    b = (y1 - y0) * d0 - above * bend
-    c = -s * above
-    # b² − 4ac is positive for a monotone spline; in float32 it can round to below zero
-    root = (b**2 - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
-    r = x0 + (2 * c / (-b - root)).clamp(0, 1) * (x1 - x0)
+    at = _bin(y, _knots(parameters, bound, 0), inverse=True)
+    r = at.x0 + at.solve((y - at.y0) / (at.y1 - at.y0)) * (at.x1 - at.x0)
     # the smallest radius that is a number, so that g / r is one
     r = torch.where(inside, r.clamp_min(1e-15), g)
     return r, -radial(r, parameters, bound)[1]
+
+
+def rational_quadratic(
+    h: Tensor, rest: Tensor, parameters: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Spline of [0, 1] onto itself, given a value and 1 − value so that neither end cancels.
+
+    Arguments:
+        h: Values, of shape (...).
+        rest: 1 − h.
+        parameters: Widths, heights and slopes of K bins, of shape (..., 3K + 1); all 0 is the
+            identity.
+        inverse: Whether to evaluate the inverse.
+
+    Returns:
+        The image, 1 − image, and ln of the slope there.
+    """
+    at = _bin(h, _knots(parameters, 1.0, 1), inverse)
+    if inverse:
+        height = at.y1 - at.y0
+        below, above = (h - at.y0) / height, torch.where(at.last, rest, at.y1 - h) / height
+        lower = below < 0.5
+        flipped = _Bin(at.x0, at.x1, at.y0, at.y1, at.d1, at.d0, at.last)
+        xi, eta = at.solve(below), flipped.solve(above)
+        xi, eta = torch.where(lower, xi, 1 - eta), torch.where(lower, 1 - xi, eta)
+        slope = at.value(xi, eta)[2]
+        start, end, width = at.x0, at.x1, at.x1 - at.x0
+        below, above, ladj = xi, eta, -torch.log(slope)
+    else:
+        width = at.x1 - at.x0
+        xi, eta = (h - at.x0) / width, torch.where(at.last, rest, at.x1 - h) / width
+        below, above, slope = at.value(xi, eta)
+        start, end, width, ladj = at.y0, at.y1, at.y1 - at.y0, torch.log(slope)
+    return start + width * below, (1 - end) + width * above, ladj

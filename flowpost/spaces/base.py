@@ -223,6 +223,14 @@ class Space(ABC):
         """Coordinates (..., d) as those of other labels lean on them linearly."""
         return v
 
+    def widen(self, v: Tensor) -> Tensor:
+        """Coordinates (..., d) as the splines see them."""
+        return v
+
+    def narrow(self, v: Tensor, start: Tensor, end: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of what splines made of `start`, the wide v, and ladj (..., d) of the way."""
+        return end, ladj
+
     def unwrap(self, z: Tensor) -> Tensor:
         """Draws (S, ..., D) on one branch, so that quantiles of their columns have a meaning."""
         return z

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._normal import ndtr
 from .base import Placement, Scale, Space
-from .sphere import BOUND, unit_vectors, within_tolerance
+from .sphere import BOUND, unit_columns, unit_vectors, within_tolerance
 
 __all__ = ["Circle"]
 
@@ -172,8 +172,7 @@ class Circle(Space):
         return {"type": "Circle", "vector": self.vector}
 
     def _inside(self, z: Tensor) -> Tensor:
-        finite = torch.isfinite(z)
-        return within_tolerance(z)[..., None] & finite if self.vector else finite
+        return unit_columns(z) if self.vector else torch.isfinite(z)
 
     def _clip(self, z: Tensor) -> Tensor:
         return unit_vectors(z) if self.vector else z
@@ -222,7 +221,7 @@ def _to_normal(size: Tensor, sigma: Tensor) -> Tensor:
     edge = math.pi / sigma
     gap, middle = edge - x, (edge + x) / 2
     short = torch.exp(-(middle**2) / 2) * gap * (1 + (middle**2 - 1) * gap**2 / 24) * _INV_SQRT_2PI
-    outer = torch.where(gap < 0.1, short, ndtr(-x) - ndtr(-edge)) / share
+    outer = torch.where(gap < 0.03, short, ndtr(-x) - ndtr(-edge)) / share
     tiny = torch.finfo(size.dtype).tiny
     y_near = _SQRT_2 * torch.erfinv(torch.where(near, inner, 0.25))
     y_far = -torch.special.ndtri(torch.where(near, 0.1, outer.clamp(tiny, 0.5)))

@@ -80,7 +80,8 @@ class Line(Space):
             z, ladj = self.from_plane(at.location + v * width, at.scale)
         else:
             scale = self.about(at.scale, at.reference)
-            z, ladj = self.from_plane((at.location + v) * width, scale)
+            kind = torch.promote_types(v.dtype, at.reference.dtype)
+            z, ladj = self.from_plane(((at.location + v) * width).to(kind), scale)
         return z, ladj.to(v.dtype) + at.log_width
 
     def centre(self, scale: Scale) -> Tensor:

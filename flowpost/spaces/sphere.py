@@ -24,7 +24,7 @@ from torch import Tensor
 from ._polar import plane_to_vmf, project, radial, radial_inverse, vmf_ladj, vmf_to_plane, zoom
 from .base import Placement, Scale, Space
 
-__all__ = ["Sphere", "unit_vectors", "within_tolerance"]
+__all__ = ["Sphere", "unit_columns", "unit_vectors", "within_tolerance"]
 
 _TOLERANCE = 1e-3
 _SMALLEST_KAPPA, _LARGEST_KAPPA = 1e-3, 12.0
@@ -33,6 +33,9 @@ _START_MEDIAN = math.log(2) / 12
 # splines end here, and beyond it a base coordinate tells others ever less
 BOUND, _FAR = 5.0, 6.0
 _TINY = 1e-30
+# no spline reaches beyond this radius, 10⁻³ of the base; the disc within is the plane of the
+# splines, alike but close to the rim
+_RIM, _STEEP, _OUTSIDE = 3.7, 8, 1e3
 
 
 class Sphere(Space):
@@ -67,7 +70,7 @@ class Sphere(Space):
         )
         log_t, kappa = self._widths(at)
         h, rest, ladj = zoom(h, rest, -log_t.to(z.dtype))
-        a = across / square.sqrt()[..., None]
+        a = _direction(across, square)
         a, h, rest, ladj = (t.to(log_t.dtype) for t in (a, h, rest, ladj))
         if at.shape is not None:
             a, h, rest, growth = project(a, h, rest, -at.shape)
@@ -84,7 +87,7 @@ class Sphere(Space):
         """Directions of coordinates in the plane."""
         log_t, kappa = self._widths(at)
         r = (v**2).sum(-1).clamp_min(_TINY).sqrt()
-        a, ladj = v / r[..., None], torch.zeros_like(r)
+        a, ladj = _direction(v, r**2), torch.zeros_like(r)
         if at.profile is not None:
             r, ladj = radial_inverse(r, at.profile, BOUND)
         half = r**2 / 2
@@ -125,10 +128,33 @@ class Sphere(Space):
         first = _perpendicular(turn, axis)
         return axis, first, torch.linalg.cross(axis, first)
 
+    def widen(self, v: Tensor) -> Tensor:
+        """The disc within the rim as a whole plane: beyond it no spline can reach.
+
+        Splines of single coordinates leave the identity along their axes however far out, and the
+        density at the antipode would depend on the direction from which one comes.
+        """
+        r = (v**2).sum(-1, keepdim=True).clamp_min(_TINY).sqrt()
+        share = 1 - (r / _RIM) ** _STEEP
+        wide = share.clamp_min(1e-9) ** (-1 / _STEEP)
+        return v * torch.where(share > 0, wide, _OUTSIDE / r)
+
+    def narrow(self, v: Tensor, start: Tensor, end: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+        """Back from the plane to the disc; what was beyond the rim stays as it was."""
+        logs = []
+        for w in (start, end):
+            square = (w**2).sum(-1, keepdim=True) / _RIM**2
+            logs.append(torch.log1p(square ** (_STEEP / 2)))
+        inside = (v**2).sum(-1, keepdim=True) < _RIM**2
+        out = torch.where(inside, end * torch.exp(-logs[1] / _STEEP), v)
+        ladj = ladj + (logs[0] - logs[1]) * (2 / _STEEP + 1) / 2
+        return out, torch.where(inside, ladj, 0.0)
+
     def condition(self, u: Tensor) -> Tensor:
         """The coordinates for each other, and the 3-vector of a uniform chart for other labels."""
         half = (u**2).sum(-1, keepdim=True).clamp_min(_TINY) / 2
-        rest, h = torch.exp(-half), -torch.expm1(-half)
+        # far out rest is 0, where its square root has no derivative
+        rest, h = torch.exp(-half.clamp_max(60.0)), -torch.expm1(-half)
         across = u * torch.sqrt(2 * h * rest / half)
         return torch.cat([u.clamp(-BOUND, BOUND), across, rest - h], -1)
 
@@ -183,7 +209,7 @@ class Sphere(Space):
         return {"type": "Sphere"}
 
     def _inside(self, z: Tensor) -> Tensor:
-        return within_tolerance(z)[..., None] & torch.isfinite(z)
+        return unit_columns(z)
 
     def _clip(self, z: Tensor) -> Tensor:
         return unit_vectors(z)
@@ -203,10 +229,22 @@ def within_tolerance(z: Tensor) -> Tensor:
     return (z.norm(dim=-1) - 1).abs() <= _TOLERANCE
 
 
+def unit_columns(z: Tensor) -> Tensor:
+    """Whether each column of vectors (..., k) is part of a unit vector; of NaN, those alone."""
+    finite = torch.isfinite(z)
+    return finite & (within_tolerance(z)[..., None] | ~finite.all(-1, keepdim=True))
+
+
 def unit_vectors(z: Tensor) -> Tensor:
     """Vectors (..., k) with those of unit length within the tolerance normalised."""
     length = z.norm(dim=-1, keepdim=True)
     return torch.where(within_tolerance(z)[..., None], z / length, z)
+
+
+def _direction(across: Tensor, square: Tensor) -> Tensor:
+    """Unit vectors (..., 2) of vectors of given square, the first axis where there is none."""
+    first = torch.tensor([1.0, 0.0], dtype=across.dtype, device=across.device)
+    return torch.where(square[..., None] <= _TINY, first, across / square.sqrt()[..., None])
 
 
 def _frame_at(zenith: Tensor, azimuth: Tensor) -> Tensor:
