@@ -351,13 +351,14 @@ class DeepSets(_Sequences):
             ValueError: If shapes, lengths or mask do not fit.
         """
         x, known = self._elements(x, lengths, mask)
-        points = self.point(self.squash(x))
-        keep = known.unsqueeze(-1)
+        # padding is no point: it costs nothing, and events are of very different size
+        points = self.point(self.squash(x[known]))
+        if not len(x):  # torch reduces no segments of none
+            return self.out(points.new_zeros(0, 2 * points.shape[1] + 1))
         count = known.sum(1, keepdim=True).to(points)
-        mean = torch.where(keep, points, 0.0).sum(1) / count.clamp_min(1)
-        if x.shape[1]:
-            top = torch.where(keep, points, -torch.inf).amax(1)
-            top = torch.where(count > 0, top, 0.0)
-        else:
-            top = mean
+        # segments of the sorted points, which sum in the same order on every device
+        sizes = known.sum(1)
+        mean = torch.segment_reduce(points, "sum", lengths=sizes) / count.clamp_min(1)
+        top = torch.segment_reduce(points, "max", lengths=sizes, initial=-torch.inf)
+        top = torch.where(count > 0, top, 0.0)
         return self.out(torch.cat([mean, top, torch.log1p(count)], 1))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from .directions import Directions, DirectionsPosterior
 from .linear_gaussian import LinearGaussian
 from .posteriors import Crescents, FourModes, NoisyIdentity, Ring, WidthMixture
 from .telescope import Telescope, TelescopeEvents, TelescopePosterior
+from .telescope3d import Telescope3D, Telescope3DEvents, Telescope3DPosterior
 
 __all__ = [
     "Crescents",
+    "Directions",
+    "DirectionsPosterior",
     "FourModes",
     "LinearGaussian",
     "NoisyIdentity",
     "Ring",
     "Telescope",
+    "Telescope3D",
+    "Telescope3DEvents",
+    "Telescope3DPosterior",
     "TelescopeEvents",
     "TelescopePosterior",
     "WidthMixture",

@@ -168,7 +168,8 @@ def _bin(value: Tensor, knots: tuple[Tensor, Tensor, Tensor], inverse: bool) -> 
     edges = ys if inverse else xs
     k = torch.searchsorted(edges[..., 1:-1].contiguous(), value[..., None], right=True)
     ends = [t.gather(-1, j)[..., 0] for t in (xs, ys, slopes) for j in (k, k + 1)]
-    return _Bin(*ends, last=k[..., 0] == xs.shape[-1] - 2)
+    x0, x1, y0, y1, d0, d1 = ends
+    return _Bin(x0, x1, y0, y1, d0, d1, k[..., 0] == xs.shape[-1] - 2)
 
 
 def radial(r: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
