@@ -143,9 +143,13 @@ def width_number(log_width):
     return 14 * math.atanh(log_width / 14)
 
 
-def kappa_number(kappa):
-    """The number of a head that gives a κ between 0.001 and 12."""
-    return math.log((kappa - 1e-3) / (12 - kappa))
+def width_numbers(t, kappa):
+    """The two numbers of a head on the sphere that give a zoom t of at most 1 and a κ."""
+    over = -2 * math.log(t)
+    log_core = math.log(kappa - 1e-3) + over
+    # κ turns over at a bound of at most 12, as the fourth powers add
+    top = math.exp(log_core - math.log(math.expm1(4 * over)) / 4) if over else 12 - 1e-9
+    return [-log_core / 2, math.log(top / (12 - top)) - 1]
 
 
 def frame_axis(q):

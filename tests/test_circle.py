@@ -27,8 +27,6 @@ from flowpost.spaces import Circle, Positive, Product, Real, space_from_config
 
 WIDTHS = [1e-5, 0.3, 3.0]
 KINDS = {"angle": Circle(), "vector": Circle(vector=True)}
-# numbers that give a chart of σ = 0.3 to 30
-SIGMAS = {0.3: 8.0, 0.42: 0.0, 1.0: -2.3, 3.0: -4.6, 30.0: -12.0}
 
 
 def label(space, angle):
@@ -101,29 +99,29 @@ class TestBijection:
         torch.testing.assert_close(q.log_prob(z), log_prob, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_chart_of_every_sigma(sigma):
-    q = posterior(Circle(), [0.0, SIGMAS[sigma]])
-    found = q.space._widths(next(q._flow._placements())[1])[1].item()
-    assert found == pytest.approx(sigma, rel=0.02)
-    # a normal cut off at ±π
-    normal = stats.truncnorm(-math.pi / found, math.pi / found, scale=found)
-    z = torch.linspace(-math.pi + 1e-6, math.pi - 1e-6, 501).double()[:, None]
-    np.testing.assert_allclose(q.log_prob(z), normal.logpdf(z[:, 0]), rtol=0, atol=1e-9)
+@pytest.mark.parametrize("longer", [8.0, 0.0, -2.0])
+@pytest.mark.parametrize("core", [0.05, 0.3, 1.0, 3.0, 1000.0])
+def test_chart_of_every_width(core, longer):
+    q = posterior(Circle(), [math.log(core), longer])
+    t, sigma = (v.item() for v in q.space._widths(next(q._flow._placements())[1]))
+    t = math.exp(t)
+    assert t <= 1
+    assert 0.3 <= sigma < 32
+    if core < 10:
+        assert t * sigma == pytest.approx(core, rel=0.01)
+    # a normal cut off at ±π, zoomed by the half angle
+    normal = stats.truncnorm(-math.pi / sigma, math.pi / sigma, scale=sigma)
+    z = np.linspace(-math.pi + 1e-6, math.pi - 1e-6, 501)
+    before = 2 * np.arctan(np.tan(z / 2) / t)
+    slope = (1 / np.cos(z / 2) ** 2) / t / (1 + (np.tan(z / 2) / t) ** 2)
+    exact = normal.logpdf(before) + np.log(slope)
+    np.testing.assert_allclose(q.log_prob(z[:, None]), exact, rtol=0, atol=2e-5)
     p = np.linspace(1e-4, 1 - 1e-4, 201)
     u = torch.tensor(stats.norm.ppf(p))[:, None]
+    angle = 2 * np.arctan(t * np.tan(normal.ppf(p) / 2))
     # a series stands in for the share next to ±π
-    np.testing.assert_allclose(q.from_base(u)[:, 0], normal.ppf(p), rtol=0, atol=1e-8)
-    np.testing.assert_allclose(q.to_base(normal.ppf(p)[:, None]), u, rtol=0, atol=5e-6)
-
-
-def test_zoom_is_that_of_the_half_angle():
-    for t in (0.05, 0.7, 4.0):
-        q = posterior(Circle(), [math.log(t), -2.3])
-        plain = posterior(Circle(), [0.0, -2.3])
-        u = torch.linspace(-3, 3, 61).double()[:, None]
-        expected = 2 * torch.atan(t * torch.tan(plain.from_base(u) / 2))
-        torch.testing.assert_close(q.from_base(u), expected)
+    np.testing.assert_allclose(q.from_base(u)[:, 0], angle, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(q.to_base(angle[:, None]), u, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -353,7 +351,7 @@ def test_two_numbers_reach_every_wrapped_normal():
     parts = [circle_nodes(0.0, min(1.0, 3 * s), 500) for s in sigmas]
     delta, weight = (torch.stack(p, 1) for p in zip(*parts, strict=True))
     log_p = torch.stack([wrapped_normal_log_prob(delta[:, i], s) for i, s in enumerate(sigmas)], 1)
-    start = [[min(0.0, math.log(s / 0.42)), 0.0] for s in sigmas]
+    start = [[math.log(s), 0.0] for s in sigmas]
     found = best_kl(log_p, delta, weight, start)
     assert (found > -1e-5).all()
     assert (found < 0.005).all(), dict(zip(sigmas, found.tolist(), strict=True))
@@ -433,7 +431,7 @@ def test_outliers_of_an_arc_second(rung, kind, dtype):
     head = perturbed(space, rung, size=0.15, dtype=dtype)
     with torch.no_grad():
         width = head.flow.log_width if rung == "mse" else head.flow.bias[2:4]
-        width[0], width[1] = width_number(math.log(ARCSEC / 0.42)), 0.0
+        width[0], width[1] = width_number(math.log(ARCSEC)), 0.0
         if rung != "mse":
             head.flow.weight[2:4] = 0
     context = torch.randn(20, 3, dtype=torch.float64).to(dtype)

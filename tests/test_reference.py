@@ -168,9 +168,9 @@ def test_a_shift_is_in_units_of_the_width(name, log_width):
     if name == "real":
         torch.testing.assert_close(u, torch.full_like(u, 0.5))
     else:
-        # across the reference: about half of the width over that of the chart
-        assert (u < 1.5).all()
-        assert u.max() > 0.5
+        # across the reference; a part of the shift may lie along it
+        assert (u < 0.51).all()
+        assert u.max() > 0.3
 
 
 @pytest.mark.parametrize("name", LABELS)

@@ -15,18 +15,19 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._normal import ndtr
 from .base import Placement, Scale, Space
-from .sphere import BOUND, unit_columns, unit_vectors, within_tolerance
+from .sphere import FAR, NEAR, unit_columns, unit_vectors, within_tolerance
 
 __all__ = ["Circle"]
 
-# σ from 0.3 to 30
-_SMALLEST_PRECISION, _LARGEST_PRECISION = 1e-3, 1 / 0.3**2
+_SMALLEST_SIGMA, _SMALLEST_PRECISION = 0.3, 1e-3
+# how sharply σ turns over at its bound
+_SHARP = 4.0
 _SQRT_2, _INV_SQRT_2PI = math.sqrt(2), 1 / math.sqrt(2 * math.pi)
-_FAR = 6.0
 
 
 class Circle(Space):
@@ -80,20 +81,31 @@ class Circle(Space):
         kind = v.dtype if at.reference is None else torch.promote_types(v.dtype, at.reference.dtype)
         return self._label(self._location(at, kind) + delta), (ladj + growth)[..., None]
 
+    def _core(self, at: Placement) -> Tensor:
+        """Width of the core in radians; far beyond π the density is uniform."""
+        return torch.exp(at.log_width[..., 0] + torch.log(at.scale.scale[..., 0]))
+
     def _widths(self, at: Placement) -> tuple[Tensor, Tensor]:
-        """ln t and σ."""
-        raw = at.log_width
-        precision = torch.sigmoid(raw[..., 1]) * (_LARGEST_PRECISION - _SMALLEST_PRECISION)
-        sigma = (precision + _SMALLEST_PRECISION).rsqrt()
-        return raw[..., 0] + torch.log(at.scale.scale[..., 0]), sigma
+        """ln t and σ.
+
+        The core has width t σ, with σ at least the bound: a wide core is the uniform density, a
+        narrow one a zoomed normal; the second number raises the bound, for longer tails.
+        """
+        log_core = torch.log(self._core(at))
+        log_least = math.log(_SMALLEST_SIGMA) - F.logsigmoid(at.log_width[..., 1] + 1)
+        over = F.softplus(_SHARP * (log_least - log_core)) / _SHARP
+        sigma = (torch.exp(-2 * (log_core + over)) + _SMALLEST_PRECISION).rsqrt()
+        return -over, sigma
 
     def _location(self, at: Placement, dtype: torch.dtype) -> Tensor:
         location = at.location.to(dtype)
         if at.reference is None:
-            scale, base = at.scale.scale.to(dtype), at.scale.loc[..., 0].to(dtype)
+            scale = at.scale.scale.clamp_max(1.0).to(dtype)
+            base = at.scale.loc[..., 0].to(dtype)
         else:
             # in units of the width
-            scale = torch.sigmoid(self._widths(at)[0]).to(dtype)[..., None]
+            core = self._core(at).to(dtype)[..., None]
+            scale = core / (1 + core)
             base = self._angle(at.reference).to(dtype)
         x, y = (scale * location).unbind(-1)
         return base + torch.atan2(y, 1 + x)
@@ -105,7 +117,7 @@ class Circle(Space):
 
     def lean(self, v: Tensor) -> Tensor:
         """A coordinate that vanishes at the antipode, where it has no sign."""
-        return v * ((_FAR**2 - v**2) / (_FAR**2 - BOUND**2)).clamp(0, 1)
+        return v * ((FAR**2 - v**2) / (FAR**2 - NEAR**2)).clamp(0, 1)
 
     def centre(self, scale: Scale) -> Tensor:
         """The mean angle."""
@@ -163,9 +175,10 @@ class Circle(Space):
         size = _wrap(angle - about).abs().sort()
         at = torch.searchsorted(w[size.indices].cumsum(0), torch.tensor(0.5, dtype=w.dtype))
         median = size.values[at.clamp_max(len(z) - 1)]
-        # half of a normal lies within 0.674 σ, and a head starts from σ = 0.42
-        t = (torch.tan(median / 2) / math.tan(0.674 * 0.42 / 2)).clamp(1e-8, 1.0)
-        return Scale(torch.ones_like(t)[None], centre[None], t[None])
+        # half of a normal lies within 0.674 σ, and of a uniform density π/2
+        core = median / 0.674 / (1 - 2 * median / math.pi).clamp_min(0.05)
+        core = core.clamp(1e-8, 30.0)
+        return Scale(torch.ones_like(core)[None], centre[None], core[None])
 
     def config(self) -> dict[str, Any]:
         """JSON description."""

@@ -27,15 +27,15 @@ from .base import Placement, Scale, Space
 __all__ = ["Sphere", "unit_columns", "unit_vectors", "within_tolerance"]
 
 _TOLERANCE = 1e-3
-_SMALLEST_KAPPA, _LARGEST_KAPPA = 1e-3, 12.0
-# median of sin²(θ/2) at the κ = 6 from which a head starts
-_START_MEDIAN = math.log(2) / 12
-# splines end here, and beyond it a base coordinate tells others ever less
-BOUND, _FAR = 5.0, 6.0
+_SMALLEST_KAPPA, _LARGEST_KAPPA, _UNIFORM = 1e-3, 12.0, 0.05
+# how sharply κ turns over at its bound
+_SHARP = 4.0
+# where splines end, and between which a base coordinate tells others ever less
+BOUND, NEAR, FAR = 5.0, 4.0, 5.0
 _TINY = 1e-30
 # no spline reaches beyond this radius, 10⁻³ of the base; the disc within is the plane of the
 # splines, alike but close to the rim
-_RIM, _STEEP, _OUTSIDE = 3.7, 8, 1e3
+_RIM, _STEEP, _OUTSIDE = 3.2, 8, 1e3
 
 
 class Sphere(Space):
@@ -105,11 +105,21 @@ class Sphere(Space):
         z = (rest - h)[..., None] * axis + across[..., :1] * first + across[..., 1:] * second
         return F.normalize(z, dim=-1), (ladj / 2)[..., None].expand(*ladj.shape, 2)
 
+    def _sigma(self, at: Placement) -> Tensor:
+        """Width of the core in radians; beyond 1 the density is about uniform."""
+        return torch.exp(at.log_width[..., 0] + torch.log(at.scale.scale[..., 0]))
+
     def _widths(self, at: Placement) -> tuple[Tensor, Tensor]:
-        """ln t and κ."""
-        raw = at.log_width
-        kappa = _SMALLEST_KAPPA + (_LARGEST_KAPPA - _SMALLEST_KAPPA) * torch.sigmoid(raw[..., 1])
-        return raw[..., 0] + torch.log(at.scale.scale[..., 0]), kappa
+        """ln t and κ.
+
+        The core has κ/t² = 1/σ², with κ at most the bound, so that a wide σ alone is the uniform
+        density and a narrow one a zoomed von Mises–Fisher density; the second number lowers the
+        bound, for longer tails.
+        """
+        log_core = -2 * torch.log(self._sigma(at))
+        log_top = math.log(_LARGEST_KAPPA) + F.logsigmoid(at.log_width[..., 1] + 1)
+        over = F.softplus(_SHARP * (log_core - log_top)) / _SHARP
+        return -over / 2, torch.exp(log_core - over) + _SMALLEST_KAPPA
 
     def _frame(self, at: Placement, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A right-handed frame whose first axis is the location μ."""
@@ -117,11 +127,13 @@ class Sphere(Space):
         if at.reference is None:
             zenith, azimuth = at.scale.loc.to(dtype).unbind(-1)
             frame = _frame_at(zenith, azimuth)
-            axis = frame[2] + at.scale.scale[..., :1].to(dtype) * (delta @ frame)
+            reach = at.scale.scale[..., :1].clamp_max(1.0).to(dtype)
+            axis = frame[2] + reach * (delta @ frame)
             turn = frame[0] + turn @ frame
         else:
             # in units of the width: no network gives an arc-second by itself
-            width = torch.sigmoid(self._widths(at)[0]).to(dtype)[..., None]
+            sigma = self._sigma(at).to(dtype)[..., None]
+            width = sigma / (1 + sigma)
             axis = at.reference.to(dtype) + width * delta
             turn = turn + turn.new_tensor([1.0, 0.0, 0.0])
         axis = F.normalize(axis, dim=-1)
@@ -161,7 +173,7 @@ class Sphere(Space):
     def lean(self, v: Tensor) -> Tensor:
         """Coordinates that vanish at the antipode, where they have no direction."""
         square = (v**2).sum(-1, keepdim=True)
-        return v * ((_FAR**2 - square) / (_FAR**2 - BOUND**2)).clamp(0, 1)
+        return v * ((FAR**2 - square) / (FAR**2 - NEAR**2)).clamp(0, 1)
 
     def centre(self, scale: Scale) -> Tensor:
         """The mean direction."""
@@ -198,11 +210,13 @@ class Sphere(Space):
         h = (((z - about) ** 2).sum(-1) / 4).sort()
         at = torch.searchsorted(w[h.indices].cumsum(0), torch.tensor(0.5, dtype=w.dtype))
         median = h.values[at.clamp_max(len(z) - 1)]
-        t = (median / _START_MEDIAN).sqrt().clamp(1e-8, 1.0)
+        # half of a von Mises–Fisher density lies within h = ln 2 / 2κ, and of a uniform one 1/2
+        kappa = math.log(2) / (2 * median.clamp_min(1e-30)) * (1 - 2 * median)
+        sigma = kappa.clamp_min(_UNIFORM).rsqrt().clamp_min(1e-8)
         zenith = torch.atan2(centre[:2].norm(), centre[2])
         azimuth = torch.atan2(centre[1], centre[0])
         ones = torch.ones(2, dtype=torch.float64, device=z.device)
-        return Scale(ones, torch.stack([zenith, azimuth]), t * ones)
+        return Scale(ones, torch.stack([zenith, azimuth]), sigma * ones)
 
     def config(self) -> dict[str, Any]:
         """JSON description."""
