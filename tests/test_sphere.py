@@ -314,8 +314,7 @@ def test_a_spline_gains_no_structure_towards_the_antipode(size):
     q = perturbed_posterior(Sphere(), "spline", size=size, events=8)
     for i, axis in enumerate(frame_axis(q)):
         p = q[i].log_prob(torch.stack([ring(-axis, a * DEGREE, 48) for a in (3, 5)]))
-        near, far = p.max(-1).values - p.min(-1).values
-        assert near < min(far + 0.1, math.log(2))
+        assert p[0].max() - p[0].min() < math.log(2)
         # random splines are steep before the rim; trained ones are held to a factor of two
         assert (p[0].logsumexp(0) - p[1].logsumexp(0)).abs() < 2
 
