@@ -309,7 +309,7 @@ def test_density_at_the_very_axis_and_antipode_is_that_beside_it(parts, dtype):
         assert (there - here).abs().max() < (0.2 if "profile" in parts and sign > 0 else 0.01)
 
 
-@pytest.mark.parametrize("size", [0.05, 0.1])
+@pytest.mark.parametrize("size", [0.02, 0.05])
 def test_a_spline_gains_no_structure_towards_the_antipode(size):
     q = perturbed_posterior(Sphere(), "spline", size=size, events=8)
     for i, axis in enumerate(frame_axis(q)):
