@@ -351,14 +351,16 @@ class DeepSets(_Sequences):
             ValueError: If shapes, lengths or mask do not fit.
         """
         x, known = self._elements(x, lengths, mask)
-        # padding is no point: it costs nothing, and events are of very different size
-        points = self.point(self.squash(x[known]))
-        if not len(x):  # torch reduces no segments of none
-            return self.out(points.new_zeros(0, 2 * points.shape[1] + 1))
+        # padding costs nothing: events are of very different size
+        real = known.flatten().nonzero()[:, 0]
+        points = self.point(self.squash(x.flatten(0, 1).index_select(0, real)))
+        padded = points.new_zeros(known.numel(), points.shape[1]).index_copy(0, real, points)
+        padded, keep = padded.unflatten(0, known.shape), known.unsqueeze(-1)
         count = known.sum(1, keepdim=True).to(points)
-        # segments of the sorted points, which sum in the same order on every device
-        sizes = known.sum(1)
-        mean = torch.segment_reduce(points, "sum", lengths=sizes) / count.clamp_min(1)
-        top = torch.segment_reduce(points, "max", lengths=sizes, initial=-torch.inf)
-        top = torch.where(count > 0, top, 0.0)
+        mean = padded.sum(1) / count.clamp_min(1)
+        if x.shape[1]:
+            top = torch.where(keep, padded, -torch.inf).amax(1)
+            top = torch.where(count > 0, top, 0.0)
+        else:
+            top = mean
         return self.out(torch.cat([mean, top, torch.log1p(count)], 1))

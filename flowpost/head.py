@@ -26,6 +26,7 @@ from ._weights import check_weights, weighted_mean
 from .flows import ResidualFlow
 from .posterior import Posterior
 from .posterior.base import log_density
+from .references import blocks_named, listed, named_blocks, read_reference
 from .spaces import Scale, Space
 
 __all__ = ["PosteriorHead", "PosteriorModel"]
@@ -67,6 +68,7 @@ class PosteriorHead(nn.Module):
     loc: Tensor
     scale: Tensor
     fitted: Tensor
+    referenced: Tensor
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class PosteriorHead(nn.Module):
         coupling: bool = False,
         dropout: float | None = None,
         warps: int = 0,
-        reference: bool | Sequence[str] | None = None,
+        reference: bool | str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(space, Space):
@@ -106,7 +108,7 @@ class PosteriorHead(nn.Module):
             "reference": None,
         }
         if reference is not None:
-            self._options["reference"] = self._referenced(reference)
+            self._options["reference"] = blocks_named(space, reference)
         self.flow = ResidualFlow(
             space,
             self.context,
@@ -121,6 +123,8 @@ class PosteriorHead(nn.Module):
         for name, value in space.default_scale()._asdict().items():
             self.register_buffer(name, value)
         self.register_buffer("fitted", torch.tensor(False))
+        names = self._options["reference"] or ()
+        self.register_buffer("referenced", torch.tensor([b.name in names for b in space.blocks]))
 
     def config(self) -> dict[str, Any]:
         """JSON description from which the head is built again."""
@@ -175,82 +179,45 @@ class PosteriorHead(nn.Module):
         for name, value in fitted._asdict().items():
             setattr(self, name, value.to(getattr(self, name)))
         self.fitted = torch.ones_like(self.fitted)
-        self._options["reference"] = [
-            b.name for b, own in zip(self.space.blocks, flags, strict=True) if own
-        ]
+        self.referenced = torch.tensor(flags, device=self.fitted.device)
         return self
 
-    def _referenced(self, given: bool | Sequence[str]) -> list[str]:
-        """Names of the leaf blocks that a choice of references stands for."""
-        blocks = self.space.blocks
-        if isinstance(given, bool):
-            return [b.name for b in blocks] if given else []
-        chosen = [
-            b.name for b in blocks if any(b.name == n or b.name.startswith(f"{n}.") for n in given)
-        ]
-        for name in given:
-            if not any(c == name or c.startswith(f"{name}.") for c in chosen):
-                known = ", ".join(b.name for b in blocks if b.name) or "none: it is no Product"
-                raise ValueError(
-                    f"Expected references of blocks of the label space; got {name!r}. Blocks are "
-                    f"{known}."
-                )
-        return chosen
-
     def _reference(
-        self, reference: Any, ndim: int | None = None
+        self, reference: Any, ndim: int | None = None, known: Tensor | None = None
     ) -> tuple[Tensor | None, tuple[bool, ...]]:
-        """First guesses (..., D) of so many dimensions, and which leaf blocks have one."""
-        blocks, wanted = self.space.blocks, self._options["reference"]
-        if reference is None:
-            names: list[str] = []
-        else:
-            names = self._referenced(list(reference) if isinstance(reference, Mapping) else True)
-        if wanted is not None and set(names) != set(wanted):
-            raise ValueError(
-                f"Expected a reference of {_listed(wanted)}, as the head was built or scaled; got "
-                f"that of {_listed(names)}. Pass reference=… wherever the head is called, and to "
-                "fit_scale or fit, or nowhere."
-            )
+        """First guesses (..., D) of so many dimensions, and which leaf blocks have one.
+
+        Those of labels that are not known need not be either.
+        """
+        if isinstance(reference, Mapping) and not reference:
+            reference = None
+        blocks, names = self.space.blocks, named_blocks(self.space, reference)
+        if bool(self.fitted) or self._options["reference"] is not None:
+            wanted = [
+                b.name for b, own in zip(blocks, self.referenced.tolist(), strict=True) if own
+            ]
+            if set(names) != set(wanted):
+                raise ValueError(
+                    f"Expected a reference of {listed(wanted)}, as the head was built or scaled; "
+                    f"got that of {listed(names)}. Pass reference=… wherever the head is called, "
+                    "and to fit_scale or fit, or nowhere."
+                )
         if reference is None:
             return None, (False,) * len(blocks)
-        if isinstance(reference, Mapping):
-            z = self._packed(reference, ndim)
-        else:
-            z = as_tensor(reference, "reference", like=self.flow.bias)
-            z = _column(z, ndim) if self.space.label_size == 1 else z
-        z = self.space.validate(z, "reference").to(self.flow.bias.device)
-        return z, tuple(b.name in names for b in blocks)
-
-    def _packed(self, reference: Mapping[str, Any], ndim: int | None) -> Tensor:
-        """References by name as label columns, with the centre of the labels in the others."""
-        parts: dict[str, tuple[slice, Tensor]] = {}
-        for name, value in reference.items():
-            of = [b for b in self.space.blocks if b.name == name or b.name.startswith(f"{name}.")]
-            columns = slice(min(b.columns.start for b in of), max(b.columns.stop for b in of))
-            value = as_tensor(value, f"reference[{name!r}]", like=self.flow.bias)
-            parts[name] = columns, value
-            if columns.stop - columns.start > 1:
-                ndim = value.ndim
-        for name, (columns, value) in parts.items():
-            size = columns.stop - columns.start
-            value = _column(value, ndim) if size == 1 else value
-            if value.shape[-1:] != (size,):
-                raise ValueError(
-                    f"Expected reference[{name!r}] of shape (N, {size}); got {tuple(value.shape)}."
-                )
-            parts[name] = columns, value
-        shapes = {tuple(v.shape[:-1]) for _, v in parts.values()}
-        if len(shapes) != 1:
-            raise ValueError(f"Expected references of as many events each; got {sorted(shapes)}.")
-        kind = self.loc.dtype
-        for _, value in parts.values():
-            kind = torch.promote_types(kind, value.dtype)
-        z = self.space.centre(Scale(self.unit, self.loc, self.scale)).to(kind)
-        z = z.expand(*shapes.pop(), -1).clone()
-        for columns, value in parts.values():
-            z[..., columns] = value.to(z)
-        return z
+        flags = tuple(b.name in names for b in blocks)
+        if self._options["warps"] and any(
+            b.space.directional and own for b, own in zip(blocks, flags, strict=True)
+        ):
+            raise ValueError(
+                "Expected no reference of a direction that warps bend; got one. Set warps=0."
+            )
+        centre = self.space.centre(Scale(self.unit, self.loc, self.scale))
+        z = read_reference(self.space, reference, centre, self.flow.bias, ndim)
+        if known is not None and known.shape == z.shape:
+            z = torch.where(known, z, centre.to(z))
+        if not torch.compiler.is_compiling():
+            z = self.space.validate(z, "reference")
+        return z.to(self.flow.bias.device), flags
 
     def _columns(self, z: Tensor) -> Tensor:
         """Labels (N,) of a single column as (N, 1)."""
@@ -276,6 +243,11 @@ class PosteriorHead(nn.Module):
             )
         return context
 
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # weights from before there were references
+        state.setdefault(f"{prefix}referenced", torch.zeros_like(self.referenced))
+        super()._load_from_state_dict(state, prefix, *args)
+
     def forward(
         self, context: Tensor | None, *, reference: Any = None, validate_args: bool = True
     ) -> Posterior:
@@ -294,9 +266,19 @@ class PosteriorHead(nn.Module):
             ValueError: If the context is not finite or has another width, or a reference is
                 missing, not in the space or not asked for.
         """
+        return self._bind(context, reference, validate_args=validate_args)
+
+    def _bind(
+        self,
+        context: Tensor | None,
+        reference: Any,
+        known: Tensor | None = None,
+        validate_args: bool = True,
+    ) -> Posterior:
         scale = Scale(self.unit.clone(), self.loc.clone(), self.scale.clone())
         context = self._context(context)
-        guess, flags = self._reference(reference, None if context is None else context.ndim)
+        ndim = None if context is None else context.ndim
+        guess, flags = self._reference(reference, ndim, known)
         if guess is not None and context is not None and guess.shape[:-1] != context.shape[:-1]:
             raise ValueError(
                 f"Expected one reference for each context; got contexts of shape "
@@ -341,12 +323,12 @@ class PosteriorHead(nn.Module):
         Raises:
             ValueError: If labels or mask do not fit.
         """
-        q = self(context, reference=reference)
         z = self._columns(as_tensor(z, "labels", like=None if mask is None else self.flow.bias))
-        self._match(q, z)
         if mask is None:
+            q = self._bind(context, reference)
+            self._match(q, z)
             return q.log_prob(z)
-        z = z.to(q.device)
+        z = z.to(self.flow.bias.device)
         known = torch.as_tensor(mask, device=z.device)
         known = self._columns(known)
         if known.dtype != torch.bool or known.shape != z.shape:
@@ -354,6 +336,8 @@ class PosteriorHead(nn.Module):
                 f"Expected mask as booleans of shape {tuple(z.shape)}; got {known.dtype} of shape "
                 f"{tuple(known.shape)}. True is a known label."
             )
+        q = self._bind(context, reference, known)
+        self._match(q, z)
         terms = self._known_coordinates(known)
         dummy = self.space.centre(q._flow.scale)
         z = q._labels(torch.where(known, z, dummy.to(z)))
@@ -401,16 +385,6 @@ class PosteriorHead(nn.Module):
             earlier = whole
             parts.append(whole.unsqueeze(-1).expand(*whole.shape, block.space.dof))
         return torch.cat(parts, -1)
-
-
-def _column(value: Tensor, ndim: int | None) -> Tensor:
-    """Values (N,) of one column as (N, 1); `ndim` tells one event from one column."""
-    bare = value.ndim < ndim if ndim is not None else value.ndim < 2 or value.shape[-1:] != (1,)
-    return value.unsqueeze(-1) if bare else value
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(n or "the label" for n in names) or "nothing"
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

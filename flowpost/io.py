@@ -153,6 +153,9 @@ def load(
             space = _space(config, tensors)
             with torch.device("meta"):
                 sketch = _assemble(config, space, encoder)
+        for name, tensor in sketch.state_dict().items():
+            if name.endswith("referenced"):  # which files of the first release do not have
+                tensors.setdefault(name, torch.zeros(tensor.shape, dtype=torch.bool))
         _check_fit(sketch.state_dict(), tensors, path)
         _check_values(sketch, tensors, path)
         model = _assemble(config, space, encoder).cpu()

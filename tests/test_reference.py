@@ -28,6 +28,10 @@ CONTEXT = torch.randn(6, 3, generator=torch.Generator().manual_seed(3), dtype=to
 NESTED = Product(a=Product(x=Real(2), d=Sphere()), e=Positive(), y=Interval(-1.0, 2.0))
 
 
+def referenced(head):
+    return [b.name for b, own in zip(head.space.blocks, head.referenced, strict=True) if own]
+
+
 def normal(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
@@ -610,11 +614,12 @@ def test_config_keeps_which_blocks_have_one():
     ):
         head = PosteriorHead(3, SKY, reference=given)
         assert head.config()["reference"] == kept
+        assert referenced(head) == (kept or [])
         options = json.loads(json.dumps(head.config()))
         options["space"] = fp.spaces.space_from_config(options["space"])
         assert PosteriorHead(**options).config() == head.config()
     head = PosteriorHead(3, Sphere(), reference=True)
-    assert head.config()["reference"] == [""]
+    assert referenced(head) == [""]
     options = {**head.config(), "space": Sphere()}
     assert PosteriorHead(**options).config()["reference"] == [""]
 
@@ -622,11 +627,11 @@ def test_config_keeps_which_blocks_have_one():
 def test_scaling_decides_which_blocks_have_one():
     z = torch.cat([normal(50, 1).exp(), normal(50, 2), directions(50)], -1)
     head = PosteriorHead(3, SKY).fit_scale(z)
-    assert head.config()["reference"] == []
+    assert referenced(head) == []
     head = PosteriorHead(3, SKY).fit_scale(z, reference=z + 0)
-    assert head.config()["reference"] == ["direction", "energy", "vertex"]
+    assert referenced(head) == ["direction", "energy", "vertex"]
     head = PosteriorHead(3, SKY).fit_scale(z, reference={"direction": directions(50)})
-    assert head.config()["reference"] == ["direction"]
+    assert referenced(head) == ["direction"]
 
 
 @pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
@@ -700,7 +705,7 @@ class TestFit:
     def test_by_name(self):
         x, z, guess = problem()
         model, history = trained({"x": x, "z": z, "reference": {"direction": guess}})
-        assert model.head.config()["reference"] == ["direction"]
+        assert referenced(model.head) == ["direction"]
         # whitened about the references: an arc-second is 24 nats of prior volume away
         assert history.best.val_nll < -16
         q = model(x, reference={"direction": guess})["direction"]
@@ -712,7 +717,7 @@ class TestFit:
         x = normal(N, 3)
         z = z[:, 1:]
         model, history = trained({"x": x, "z": z, "reference": guess}, space=Sphere())
-        assert model.head.config()["reference"] == [""]
+        assert referenced(model.head) == [""]
         assert history.best.val_nll < -16
         value = model.loss(x, z, reference=guess)
         assert value.item() < -16
@@ -729,7 +734,7 @@ class TestFit:
         else:
             model, history = trained(events)
         expected = ["direction"] if named else ["direction", "energy"]
-        assert model.head.config()["reference"] == expected
+        assert referenced(model.head) == expected
         assert history.best.val_nll < -15
 
     def test_dataset_trains_as_tensors(self):
@@ -753,7 +758,7 @@ class TestFit:
         }
         model, history = trained(data)
         assert math.isfinite(history.best.val_nll)
-        assert model.head.config()["reference"] == ["direction"]
+        assert referenced(model.head) == ["direction"]
         full = {**data, "reference": torch.cat([torch.ones(N, 1).double(), guess], -1)}
         model, history = trained(full)
         assert math.isfinite(history.best.val_nll)
@@ -791,3 +796,64 @@ def test_no_reference_is_no_change():
     head._options["reference"] = []
     torch.testing.assert_close(head(CONTEXT).log_prob(z), free.log_prob(z))
     np.testing.assert_array_equal(head(CONTEXT)._flow.referenced, (False,) * 3)
+
+
+def test_another_reference_is_another_run(tmp_path):
+    """The numbers learned about a reference mean nothing without it."""
+    x, z = torch.randn(400, 3), torch.randn(400, 1)
+    model = fp.PosteriorModel(None, PosteriorHead(3, Real(), "diagonal"))
+    options = {"epochs": 2, "batch_size": 200, "progress": False, "checkpoint": tmp_path / "run"}
+    fp.fit(model, {"x": x, "z": z, "reference": z + 0.1}, **options)
+    other = fp.PosteriorModel(None, PosteriorHead(3, Real(), "diagonal"))
+    with pytest.raises(ValueError, match="was begun with \\(another head\\)"):
+        fp.fit(other, (x, z), **options)
+
+
+def test_weights_carry_which_blocks_have_one():
+    z = torch.randn(50, 1)
+    head = PosteriorHead(3, Real()).fit_scale(z, reference=z + 0.1)
+    fresh = PosteriorHead(3, Real())
+    fresh.load_state_dict(head.state_dict())
+    with pytest.raises(ValueError, match="Expected a reference of the label"):
+        fresh(torch.zeros(2, 3))
+    before = {k: v for k, v in PosteriorHead(3, Real()).fit_scale(z).state_dict().items()
+              if k != "referenced"}  # fmt: skip
+    fresh = PosteriorHead(3, Real())
+    fresh.load_state_dict(before)
+    with pytest.raises(ValueError, match="Expected a reference of nothing"):
+        fresh(torch.zeros(2, 3), reference=torch.zeros(2, 1))
+
+
+def test_a_bad_reference_is_named_by_its_own_row():
+    x, z = torch.randn(300, 3), torch.rand(300, 1) + 0.1
+    guess = z.clone()
+    guess[17] = -1
+    model = fp.PosteriorModel(None, PosteriorHead(3, Positive()))
+    with pytest.raises(ValueError, match=r"in reference, row 17.*Every event needs a first guess"):
+        fp.fit(model, {"x": x, "z": z, "reference": guess}, epochs=1, progress=False)
+
+
+def test_a_masked_label_needs_no_reference():
+    head = PosteriorHead(3, Product(energy=Positive(), vertex=Real()))
+    z, known = torch.ones(4, 2), torch.ones(4, 2, dtype=torch.bool)
+    known[2, 1] = False
+    guess = z.clone()
+    guess[2, 1] = torch.nan
+    z[2, 1] = torch.nan
+    assert torch.isfinite(head.log_prob(torch.zeros(4, 3), z, known, reference=guess)).all()
+
+
+def test_forms_of_names():
+    space = Product(a=Product(e=Positive(), d=Sphere()), y=Real())
+    nested = {"a": {"e": torch.ones(2), "d": directions(2)}}
+    plain = {"a.e": torch.ones(2), "a.d": nested["a"]["d"]}
+    head = PosteriorHead(3, space)
+    z = head(torch.zeros(2, 3), reference=nested).sample(generator=torch.Generator().manual_seed(0))
+    same = head(torch.zeros(2, 3), reference=plain).sample(
+        generator=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(z, same)
+    assert head(torch.zeros(2, 3), reference={}).sample().shape == (2, 5)
+    assert referenced(PosteriorHead(3, space, reference="a")) == ["a.d", "a.e"]
+    with pytest.raises(ValueError, match="no reference of a direction that warps bend"):
+        PosteriorHead(3, Sphere(), warps=2)(torch.zeros(2, 3), reference=directions(2))

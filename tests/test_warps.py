@@ -106,9 +106,7 @@ def test_unconditional_density_and_a_batch_of_two_spheres():
 
 @pytest.mark.parametrize(("space", "flow"), [(fp.Real(2), "spline"), (fp.Sphere(), "affine")])
 def test_warps_need_a_sphere_and_splines(space, flow):
-    with pytest.raises(
-        ValueError, match="Expected warps=0 unless the flow is 'spline'"
-    ):
+    with pytest.raises(ValueError, match="Expected warps=0 unless the flow is 'spline'"):
         fp.PosteriorHead(3, space, flow, warps=4)
     with pytest.raises(ValueError, match="Expected warps as a whole number of at least 0"):
         fp.PosteriorHead(3, fp.Sphere(), warps=-1)

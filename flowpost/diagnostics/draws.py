@@ -61,7 +61,8 @@ def check_labels(posterior: Any, z: Any) -> Tensor:
     if not shape[0]:
         raise ValueError("Expected at least one event; got none.")
     check_finite(z, "true labels z")
-    return z
+    space = getattr(posterior, "space", None)
+    return z if space is None else space.canonical(z)
 
 
 def draw_chunks(posterior: Any, draws: int) -> Iterator[int]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from .._checks import check_positive_int
-from ..spaces import Block, Placement, Product, Scale, Space, Sphere
+from ..spaces import Block, Placement, Product, Scale, Space
 from .spline import (
     Conditioner,
     base_features,
@@ -148,9 +148,9 @@ class BoundFlow:
 
     def _warped(self, block: Block, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """Labels (..., D) through the warps of their block, if it has any, and ladj (...)."""
-        if self.warps is None or not isinstance(block.space, Sphere):
+        if self.warps is None or not block.space.directional:
             return z, torch.zeros((), device=z.device)
-        spheres = [b.base for b in self.space.blocks if isinstance(b.space, Sphere)]
+        spheres = [b.base for b in self.space.blocks if b.space.directional]
         own = self.warps[..., spheres.index(block.base), :]
         return (warp_inverse if inverse else warp)(z, own, self.warp_count)
 
@@ -303,6 +303,15 @@ class BoundFlow:
         """The flow with one batch dimension."""
         return self._map(lambda t, n: t.reshape(-1, *t.shape[t.ndim - n :]))
 
+    def relabelled(self, space: Space) -> BoundFlow:
+        """The flow of the same leaves in the same order, whose label columns stand otherwise."""
+        reference = self.reference
+        if reference is not None:
+            old, reference = reference, torch.empty_like(reference)
+            for own, other in zip(self.space.blocks, space.blocks, strict=True):
+                reference[..., other.columns] = old[..., own.columns]
+        return replace(self, space=space, reference=reference)
+
     def leading(self, count: int) -> BoundFlow:
         """The exact flow of the first blocks alone, with their labels in the order of the flow."""
         blocks = self.space.blocks[:count]
@@ -324,7 +333,7 @@ class BoundFlow:
         shapes = sum(b.space.shape_size for b in blocks)
         profiles = sum(b.space.has_profile for b in blocks)
         profiled = sum(b.space.has_profile for b in self.space.blocks)
-        spheres = sum(isinstance(b.space, Sphere) for b in blocks)
+        spheres = sum(b.space.directional for b in blocks)
         reference = self.reference
         if reference is not None:
             reference = torch.cat([reference[..., b.columns] for b in blocks], -1)
@@ -400,7 +409,7 @@ class ResidualFlow(nn.Module):
         self.bound, self.tail_bound = bound, tail_bound
         self.dropout = dropout
         self.warps = check_positive_int(warps, "warps", minimum=0)
-        self._spheres = sum(isinstance(b.space, Sphere) for b in space.blocks)
+        self._spheres = sum(b.space.directional for b in space.blocks)
         if self.warps and (rung != "spline" or not self._spheres):
             raise ValueError(
                 f"Expected warps=0 unless the flow is 'spline' and a label is a Sphere; got "

@@ -6,7 +6,8 @@ rational-quadratic f from [0, 1] onto itself,
 .. math:: y = a (1 - 2 f(h)) + x_\perp \sqrt{\frac{f}{h} \frac{1 - f}{1 - h}},
           \qquad \mathrm{ladj} = \ln f'(h),
 
-and a linear one maps x to A x / |A x|, A = exp(S), with ladj tr S − 3 ln |A x|. Neither needs a
+and a linear one maps x to A x / |A x|, A = exp(S) of determinant 1, with ladj
+−3 ln |A x|. Neither needs a
 frame, so neither has a pole or a seam.
 
 Source of such maps of spheres: *Normalizing Flows on Tori and Spheres*, D. J. Rezende et al., 2020,
@@ -23,7 +24,7 @@ from ..spaces._polar import rational_quadratic
 
 __all__ = ["warp", "warp_inverse", "warp_size"]
 
-_LINEAR = 6
+_LINEAR, _LARGEST = 6, 2.0
 _CLOSEST = 1e-12
 
 
@@ -37,7 +38,10 @@ def _parts(parameters: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     linear, splines, axes = parameters.split(
         [_LINEAR, parameters.shape[-1] - _LINEAR - 3 * count, 3 * count], dim=-1
     )
+    linear = _LARGEST * torch.tanh(linear / _LARGEST)
     xx, yy, zz, xy, xz, yz = linear.unbind(-1)
+    mean = (xx + yy + zz) / 3
+    xx, yy, zz = xx - mean, yy - mean, zz - mean
     matrix = torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], -1).unflatten(-1, (3, 3))
     return (
         matrix,
@@ -49,8 +53,7 @@ def _parts(parameters: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def _linear(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     y = (torch.linalg.matrix_exp(matrix) @ x[..., None])[..., 0]
     length = y.norm(dim=-1)
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return y / length[..., None], trace - 3 * torch.log(length)
+    return y / length[..., None], -3 * torch.log(length)
 
 
 def _zonal(x: Tensor, axis: Tensor, spline: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -61,8 +61,14 @@ def plot_corner(
     levels = check_levels(levels)
     z = event_draws(posterior, event, draws, generator)
     size = z.shape[1]
+    space = getattr(posterior, "space", None)
     named = _names(posterior, names, size) if axes is None or names is not None else None
     true = None if truth is None else _truth(truth, event, size)
+    if space is not None and any(b.space.compact for b in space.blocks):
+        # an angle's draws and truth on one branch
+        both = z if true is None else torch.cat([z, z.new_tensor([true])])
+        both = space.unwrap(both)
+        z, true = both[: len(z)], None if true is None else both[-1].tolist()
     grid = _corner_axes(axes, size)
     count = sum(line.get_gid() == "median" for line in grid[0, 0].lines)
     color = _COLOURS[count % len(_COLOURS)] if color is None else color

@@ -11,7 +11,6 @@ a normalised mixture over a fixed set of draws of the earlier blocks.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,14 +41,15 @@ def block_posterior(posterior: Posterior, name: str, draws: int) -> Posterior:
             f"{', '.join(b.name for b in blocks)}. Ask for its parts one by one."
         )
     own = blocks[first:last]
+    declared = sorted(own, key=lambda b: b.columns.start)
     space: Space = (
         own[0].space
         if own[0].name == name
-        else Product(**{b.name.removeprefix(f"{name}."): b.space for b in own})
+        else Product(**{b.name.removeprefix(f"{name}."): b.space for b in declared})
     )
     flow = posterior._flow.leading(offset + last)
     if offset + first == 0:
-        return Posterior(replace(flow, space=space), validate_args=posterior._validate_args)
+        return Posterior(flow.relabelled(space), validate_args=posterior._validate_args)
     draws = check_positive_int(draws, "draws")
     return BlockPosterior(flow, offset + first, space, draws, posterior._validate_args)
 
@@ -78,7 +78,11 @@ class BlockPosterior(Posterior):
         self._skip = slice(blocks[first].base.start, blocks[-1].base.stop)
         own = blocks[first:]
         self._own = space
-        self._columns = slice(own[0].columns.start, own[-1].columns.stop)
+        # the flow's columns stand in its own order, those of the block as declared
+        columns = range(own[0].columns.start, own[-1].columns.stop)
+        order = [c for b in space.blocks for c in range(b.columns.start, b.columns.stop)]
+        self._order = order
+        self._columns = [columns[order.index(c)] for c in range(len(order))]
         Distribution.__init__(
             self, flow.batch_shape, Size([self._own.label_size]), validate_args=validate_args
         )
@@ -112,7 +116,9 @@ class BlockPosterior(Posterior):
             before = before.unsqueeze(1)
             pieces = []
             for j in range(0, max(1, len(z)), m):
-                own = z[None, j : j + m, i : i + n].expand(self._draws, -1, -1, -1)
+                own = z[None, j : j + m, i : i + n][..., self._order].expand(
+                    self._draws, -1, -1, -1
+                )
                 whole = torch.cat([before.expand(-1, own.shape[1], -1, -1), own], -1)
                 terms = log_density(*part.to_base(whole))[..., self._skip].sum(-1)
                 pieces.append(torch.logsumexp(terms, 0) - math.log(self._draws))

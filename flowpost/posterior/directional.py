@@ -63,8 +63,8 @@ class Directional:
         def __getattr__(self, name: str) -> Any: ...
 
     def _direction(self) -> None:
-        if type(self.space).__name__ != "Sphere":
-            named = [b.name for b in self.space.blocks if type(b.space).__name__ == "Sphere"]
+        if not self.space.directional:
+            named = [b.name for b in self.space.blocks if b.space.directional]
             hint = f"Ask q[{named[0]!r}]." if named and named[0] else "Its label is no direction."
             raise ValueError(f"Expected a posterior of one direction; got {self.space!r}. {hint}")
 

@@ -172,7 +172,8 @@ class Statistics:
     ) -> Tensor:
         """Quantiles of each column's marginal: exact for one label on a line, else from draws.
 
-        Those of an angle are on the branch of its circular mean, and may lie beyond ±π.
+        Those of an angle are on the branch of its circular mean, and may lie beyond ±π; those of a
+        direction are of its Cartesian components, and no direction themselves.
 
         Arguments:
             levels: Q levels in (0, 1).

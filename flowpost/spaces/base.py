@@ -111,6 +111,7 @@ class Space(ABC):
         location_size: Location parameters that a head predicts.
         width_size: Log-width parameters that a head predicts.
         shape_size: Shape parameters that an `"affine"` head predicts beside those.
+        directional: Whether labels are directions on the sphere.
         has_profile: Whether a `"spline"` head predicts a radial profile.
         feature_size: Features by which the base coordinates condition others.
         own_size: How many of them, the first ones, are for the same block alone; the others are
@@ -123,6 +124,7 @@ class Space(ABC):
     compact: bool = False
     shape_size: int = 0
     has_profile: bool = False
+    directional: bool = False
     own_size: int = 0
 
     @property
@@ -231,6 +233,10 @@ class Space(ABC):
         """Coordinates of what splines made of `start`, the wide v, and ladj (..., d) of the way."""
         return end, ladj
 
+    def canonical(self, z: Tensor) -> Tensor:
+        """Labels (..., D) as draws have them, of several that mean the same."""
+        return z
+
     def unwrap(self, z: Tensor) -> Tensor:
         """Draws (S, ..., D) on one branch, so that quantiles of their columns have a meaning."""
         return z
@@ -260,6 +266,12 @@ class Space(ABC):
         where = f"row {', '.join(map(str, rows))}, column {self.names[column]!r}"
         leaf = next(b for b in self.blocks if b.columns.start <= column < b.columns.stop)
         value = z[(*rows, column)].item()
+        remedy = (
+            "Every event needs a first guess: give those without one a plain one, such as the mean."
+            if name.startswith("reference")
+            else "Correct or remove such events, give a missing column a mask, or set `clip` where "
+            "a bound may be touched."
+        )
         finite = math.isfinite(value)
         need = leaf.space._requirement() if finite else "finite labels"
         found = (
@@ -267,8 +279,7 @@ class Space(ABC):
         )
         raise ValueError(
             f"Expected {need}; got {found} in {name}, {where} ({len(bad)} such of "
-            f"{inside.numel()}). Correct or remove such events, give a missing column a mask, or "
-            "set `clip` where a bound may be touched."
+            f"{inside.numel()}). {remedy}"
         )
 
     def _describe(self, z: Tensor, value: float) -> str:

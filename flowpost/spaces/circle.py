@@ -150,6 +150,10 @@ class Circle(Space):
         log_length = torch.where(missing < 0.5, small, torch.log(length.clamp_min(1e-12)))
         return (-2 * log_length).clamp_min(0).sqrt()[..., None].expand(*z.shape[1:])
 
+    def canonical(self, z: Tensor) -> Tensor:
+        """Angles in [−π, π)."""
+        return z if self.vector else _wrap(z)
+
     def unwrap(self, z: Tensor) -> Tensor:
         """Angles on the branch of their circular mean, for quantiles; vectors as they are."""
         if self.vector:

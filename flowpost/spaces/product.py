@@ -18,7 +18,7 @@ class Product(Space):
     """Several labels under one flow, each with its own chart.
 
     Label columns stand in the declared order. The base coordinates stand in the order of the flow:
-    compact blocks first, then as declared; each block's density is exact given the earlier ones.
+    directions, angles, then the others as declared; each block is exact given the earlier ones.
 
     Arguments:
         spaces: A space for each name; products may be nested.
@@ -54,7 +54,8 @@ class Product(Space):
                 full = f"{name}.{block.name}" if block.name else name
                 leaves.append((columns, full, block.space))
             start += space.label_size
-        leaves.sort(key=lambda leaf: (not leaf[2].compact, leaf[0].start))
+        # directions before angles: the first block has an exact density, and maps want it
+        leaves.sort(key=lambda e: (not e[2].compact, not e[2].directional, e[0].start))
         blocks, base = [], 0
         for columns, full, space in leaves:
             blocks.append(Block(full, space, columns, slice(base, base + space.dof)))
@@ -189,6 +190,10 @@ class Product(Space):
     def stddev(self, z: Tensor) -> Tensor:
         """Standard deviation of every block."""
         return self._by_column([b.space.stddev(z[..., b.columns]) for b in self.blocks])
+
+    def canonical(self, z: Tensor) -> Tensor:
+        """Labels of every block as draws have them."""
+        return self._by_column([b.space.canonical(z[..., b.columns]) for b in self.blocks])
 
     def unwrap(self, z: Tensor) -> Tensor:
         """Draws of every block on one branch."""

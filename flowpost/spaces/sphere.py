@@ -33,8 +33,8 @@ _SHARP = 4.0
 # where splines end, and between which a base coordinate tells others ever less
 BOUND, NEAR, FAR = 5.0, 4.0, 5.0
 _TINY = 1e-30
-# no spline reaches beyond this radius, 10⁻³ of the base; the disc within is the plane of the
-# splines, alike but close to the rim
+# no spline of single coordinates reaches beyond this radius, where 0.6 % of the base lie and the
+# radial one acts alone; the disc within is the plane of the splines, alike but close to the rim
 _RIM, _STEEP, _OUTSIDE = 3.2, 8, 1e3
 
 
@@ -51,7 +51,7 @@ class Sphere(Space):
         torch.Size([100, 5, 3])
     """
 
-    label_size, dof, compact = 3, 2, True
+    label_size, dof, compact, directional = 3, 2, True, True
     location_size, width_size, shape_size, has_profile = 6, 2, 2, True
     feature_size, own_size = 5, 2
 
@@ -135,7 +135,7 @@ class Sphere(Space):
             sigma = self._sigma(at).to(dtype)[..., None]
             width = sigma / (1 + sigma)
             axis = at.reference.to(dtype) + width * delta
-            turn = turn + turn.new_tensor([1.0, 0.0, 0.0])
+            turn = turn + F.pad(torch.ones_like(turn[..., :1]), (0, 2))
         axis = F.normalize(axis, dim=-1)
         first = _perpendicular(turn, axis)
         return axis, first, torch.linalg.cross(axis, first)
@@ -257,7 +257,7 @@ def unit_vectors(z: Tensor) -> Tensor:
 
 def _direction(across: Tensor, square: Tensor) -> Tensor:
     """Unit vectors (..., 2) of vectors of given square, the first axis where there is none."""
-    first = torch.tensor([1.0, 0.0], dtype=across.dtype, device=across.device)
+    first = F.pad(torch.ones_like(square[..., None]), (0, 1))
     return torch.where(square[..., None] <= _TINY, first, across / square.sqrt()[..., None])
 
 

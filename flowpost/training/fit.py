@@ -142,6 +142,7 @@ def fit(
             "weight_decay": weight_decay,
             "schedule": schedule if schedule is None or isinstance(schedule, str) else "function",
             "events": getattr(batches.dataset, "__len__", lambda: -1)(),
+            "head": {**model.head.config(), "referenced": model.head.referenced.tolist()},
             "model": {k: list(v.shape) for k, v in model.state_dict().items()},
         }
         options: dict[str, Any] = {}
@@ -206,8 +207,9 @@ def _read(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> dict[s
         ) from error
     for name, value in options.items():
         if begun.get(name) != value:
-            was = "another model" if name == "model" else f"{name}={begun.get(name)!r}"
-            now = "this one" if name == "model" else f"{value!r}"
+            other = name in ("model", "head")
+            was = f"another {name}" if other else f"{name}={begun.get(name)!r}"
+            now = "this one" if other else f"{value!r}"
             raise ValueError(
                 f"Expected the run that {os.fspath(checkpoint)} was begun with ({was}); got {now}. "
                 "A run goes on as it began: use its options and data, or name another file."
@@ -242,6 +244,8 @@ def _check_labels(head: PosteriorHead, train: Any) -> None:
     z = head._columns(as_tensor(batch.z, "labels"))
     if batch.mask is None:
         head.space.validate(z)
+    if batch.reference is not None:
+        head._reference(batch.reference, 2)
 
 
 def _train_mode(model: PosteriorModel) -> None:

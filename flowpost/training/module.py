@@ -46,7 +46,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
     """
     peaks = [group["lr"] for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peaks, total_steps=max(2, steps), pct_start=0.2, cycle_momentum=False
+        optimizer, peaks, total_steps=max(6, steps), pct_start=0.2, cycle_momentum=False
     )
 
 
