@@ -87,14 +87,12 @@ def shape(target: Target, conditional: bool, seed: int, draws: int, epochs: int)
         fresh = (fresh_rotation @ fresh[..., None])[..., 0]
         encoder = fp.encoders.Tabular(2, 64, dropout=0.0)
         model = fp.PosteriorModel(encoder, fp.PosteriorHead(64, fp.Sphere()))
-        fp.fit(
-            model, (x.float(), z.float()), epochs=epochs, batch_size=512, seed=seed, progress=False
-        )
+        fp.fit(model, (x.float(), z.float()), epochs=epochs, seed=seed, progress=False)
         with torch.no_grad():
             q = model(fresh_x.float())
     else:
         model = fp.PosteriorModel(None, fp.PosteriorHead(0, fp.Sphere()))
-        fp.fit(model, z.float(), epochs=epochs, batch_size=512, seed=seed, progress=False)
+        fp.fit(model, z.float(), epochs=epochs, seed=seed, progress=False)
         q = model(None)
     with torch.no_grad():
         loss = log_true - q.log_prob(fresh).double()
@@ -180,8 +178,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--conditional", action="store_true")
     parser.add_argument("--only", default="", help="shapes whose name holds this")
-    parser.add_argument("--draws", type=int, default=100_000)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--draws", type=int, default=50_000)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--warps", type=int, nargs="+", default=[0, 32])
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -122,11 +122,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "map.fits"
         # imports healpy and astropy
-        skymap.multiorder(CASES["1°"]).write(path)
+        skymap.multiorder(CASES["1°"], frame="C").write(path)
         print("density         values   cells  integral  seconds   area/true  draws/true")
         for name, posterior in CASES.items():
             begin = time.perf_counter()
-            sky = skymap.multiorder(posterior)
+            sky = skymap.multiorder(posterior, frame="C")
             sky.write(path, overwrite=True)
             seconds = time.perf_counter() - begin
             true = posterior.area(0.9)
@@ -139,7 +139,7 @@ def main() -> None:
         context = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
         for _ in range(2):
             begin = time.perf_counter()
-            sky = skymap.multiorder(head(context)[0])
+            sky = skymap.multiorder(head(context)[0], frame="C")
             sky.write(path, overwrite=True)
             print(f"head: {sky.evaluations} values, {time.perf_counter() - begin:.2f} s")
         print(f"{options.threads} thread(s)")

@@ -12,7 +12,13 @@ ACCELERATOR = pytest.param(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator"),
     ],
 )
-SPACE = fp.Product(vertex=fp.Real(2), energy=fp.Positive(), zenith=fp.Interval(0.0, 3.0))
+SPACE = fp.Product(
+    vertex=fp.Real(2),
+    energy=fp.Positive(),
+    zenith=fp.Interval(0.0, 3.0),
+    direction=fp.Sphere(),
+    phi=fp.Circle(),
+)
 
 
 def events(n=600):
@@ -21,7 +27,13 @@ def events(n=600):
     r = x + 0.3 * torch.randn(n, 3, generator=g)
     vertex = r[:, :2]
     return x, SPACE.pack(
-        {"vertex": vertex, "energy": r[:, 2:].exp(), "zenith": 3 * torch.sigmoid(r[:, :1])}
+        {
+            "vertex": vertex,
+            "energy": r[:, 2:].exp(),
+            "zenith": 3 * torch.sigmoid(r[:, :1]),
+            "direction": torch.nn.functional.normalize(r, dim=-1),
+            "phi": torch.atan2(r[:, 0], r[:, 1]),
+        }
     )
 
 

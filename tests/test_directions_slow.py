@@ -26,7 +26,7 @@ def test_without_a_reference_from_one_degree_on():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_and_the_antipode(name):
-    found = shape(SHAPES[name], conditional=False, seed=0, draws=100_000, epochs=40)
+    found = shape(SHAPES[name], conditional=False, seed=0, draws=50_000, epochs=100)
     assert found["kl"] < 0.01, found
     low, high = found["antipode"]
     assert 0.5 < low <= high < 2, found
@@ -34,7 +34,7 @@ def test_shapes_and_the_antipode(name):
 
 @pytest.mark.parametrize("name", ["Kent, κ = 20", "antipodal, κ = 20", "three modes, κ = 20"])
 def test_shapes_that_turn_with_the_data(name):
-    assert shape(SHAPES[name], conditional=True, seed=0, draws=100_000, epochs=40)["kl"] < 0.01
+    assert shape(SHAPES[name], conditional=True, seed=0, draws=50_000, epochs=100)["kl"] < 0.01
 
 
 def test_four_modes_by_reverse_kl():

@@ -194,7 +194,7 @@ PLACES = {
 @pytest.fixture(scope="module")
 def degree():
     posterior = VonMisesFisher(at(203.1, -41.7), DEGREE)
-    return posterior, skymap.multiorder(posterior)
+    return posterior, skymap.multiorder(posterior, frame="C")
 
 
 # ---------------------------------------------------------------------------------------- cells
@@ -774,6 +774,7 @@ def test_draws_are_reproducible_and_batches_alike(degree):
 
 def test_result_reads_well_and_is_frozen(degree):
     posterior, sky = degree
+    assert skymap.multiorder(posterior).frame == "local"
     text = str(sky)
     assert "equatorial (ICRS)" in text
     assert "50 % area" in text

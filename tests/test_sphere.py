@@ -649,7 +649,7 @@ def test_order_of_a_product():
     assert THREE.names == ("energy", "direction[0]", "direction[1]", "direction[2]", "phi")
     assert THREE.dof == 4
     space = Product(a=Product(x=Real(), d=Sphere()), b=Circle(), c=Sphere())
-    assert [b.name for b in space.blocks] == ["a.d", "b", "c", "a.x"]
+    assert [b.name for b in space.blocks] == ["a.d", "c", "b", "a.x"]
     q = perturbed_posterior(space, "spline", size=0.3)
     z = q.sample((5,))
     assert space.contains(z).all()

@@ -56,7 +56,7 @@ class DirectionPosterior(Protocol):
 def multiorder(
     posterior: DirectionPosterior,
     *,
-    frame: str = "C",
+    frame: str = "local",
     rotation: Any = None,
     draws: int = 10_000,
     tolerance: float = _TOLERANCE,
@@ -72,7 +72,8 @@ def multiorder(
     Arguments:
         posterior: Of one direction (3,) and one event, batch shape () or (1,): `q[i]`, and
             `q["direction"]` of a product.
-        frame: Frame of its labels, and of the map: "C" equatorial (ICRS), "G" Galactic or "local".
+        frame: Frame of its labels, and of the map: "C" equatorial (ICRS), "G" Galactic, or "local",
+            of which no multi-order file is written.
         rotation: Matrix (3, 3) of determinant +1 that takes vectors of the labels' frame to
             equatorial ones, see `detector_rotation` and `galactic_rotation`. The map is then "C".
         draws: Draws S that seed the cells.
@@ -112,7 +113,7 @@ def flat(
     posterior: DirectionPosterior,
     nside: int,
     *,
-    frame: str = "C",
+    frame: str = "local",
     rotation: Any = None,
     draws: int = 10_000,
     generator: torch.Generator | None = None,

@@ -142,8 +142,8 @@ def fit(
             "weight_decay": weight_decay,
             "schedule": schedule if schedule is None or isinstance(schedule, str) else "function",
             "events": getattr(batches.dataset, "__len__", lambda: -1)(),
-            "head": {**model.head.config(), "referenced": model.head.referenced.tolist()},
             "model": {k: list(v.shape) for k, v in model.state_dict().items()},
+            "head": {**model.head.config(), "referenced": model.head.referenced.tolist()},
         }
         options: dict[str, Any] = {}
         kept = None
