@@ -1,5 +1,6 @@
 """Conditional bijections between labels and the Gaussian base: the ladder of heads."""
 
-from .residual import RUNGS, BoundFlow, ResidualFlow
+from .bound import BoundFlow
+from .residual import RUNGS, ResidualFlow
 
 __all__ = ["RUNGS", "BoundFlow", "ResidualFlow"]
