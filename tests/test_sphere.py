@@ -189,7 +189,7 @@ def test_first_block_of_a_product_is_normalised(rung):
     q = perturbed_posterior(THREE, rung, size=0.2)["direction"]
     assert type(q) is Posterior
     assert q.space == Sphere()
-    z, omega = nodes(n=200, m=200)
+    z, omega = nodes(n=400, m=400)
     p = q.log_prob(z[:, None]).exp()
     np.testing.assert_allclose((p * omega[:, None]).sum(0), 1.0, rtol=2e-3)
 

@@ -33,9 +33,9 @@ _SHARP = 4.0
 # where splines end, and between which a base coordinate tells others ever less
 BOUND, NEAR, FAR = 5.0, 4.0, 5.0
 _TINY = 1e-30
-# no spline of single coordinates reaches beyond this radius, where 0.6 % of the base lie and the
+# no spline of single coordinates reaches beyond this radius, where 0.1 % of the base lie and the
 # radial one acts alone; the disc within is the plane of the splines, alike but close to the rim
-_RIM, _STEEP, _OUTSIDE = 3.2, 8, 1e3
+_RIM, _STEEP, _OUTSIDE = 3.7, 8, 1e3
 
 
 class Sphere(Space):
