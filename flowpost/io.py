@@ -154,7 +154,7 @@ def load(
             with torch.device("meta"):
                 sketch = _assemble(config, space, encoder)
         for name, tensor in sketch.state_dict().items():
-            if name.endswith("referenced"):  # which files of the first release do not have
+            if name.endswith("referenced"):  # files from before there were references
                 tensors.setdefault(name, torch.zeros(tensor.shape, dtype=torch.bool))
         _check_fit(sketch.state_dict(), tensors, path)
         _check_values(sketch, tensors, path)

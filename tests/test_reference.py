@@ -843,6 +843,18 @@ def test_a_masked_label_needs_no_reference():
     assert torch.isfinite(head.log_prob(torch.zeros(4, 3), z, known, reference=guess)).all()
 
 
+def test_fit_reads_no_reference_of_a_masked_label():
+    space = Product(energy=Positive(), vertex=Real())
+    x, z = torch.randn(200, 3), torch.rand(200, 2) + 0.1
+    known = torch.ones(200, 2, dtype=torch.bool)
+    known[::7, 1] = False
+    guess = torch.where(known, z + 0.01, torch.nan)
+    model = fp.PosteriorModel(None, PosteriorHead(3, space, "diagonal"))
+    data = {"x": x, "z": z, "mask": known, "reference": {"vertex": guess[:, 1], "energy": z[:, 0]}}
+    history = fp.fit(model, data, epochs=2, progress=False)
+    assert math.isfinite(history.best.val_nll)
+
+
 def test_forms_of_names():
     space = Product(a=Product(e=Positive(), d=Sphere()), y=Real())
     nested = {"a": {"e": torch.ones(2), "d": directions(2)}}

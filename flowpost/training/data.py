@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, rand
 
 from .._checks import as_tensor
 
-__all__ = ["Batch", "loader", "sample_of", "split", "to_batch"]
+__all__ = ["Batch", "chosen", "loader", "sample_of", "split", "to_batch"]
 
 _SCALE_EVENTS = 50_000
 _FORMS = (
@@ -66,6 +66,11 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
+def chosen(value: Any, events: Tensor) -> Any:
+    """Rows of tensors, or of tuples and dicts of them, at indices or where a mask is True."""
+    return _map(value, lambda t: torch.as_tensor(t)[events])
+
+
 def _sizes(value: Any) -> Iterator[int]:
     if isinstance(value, Mapping):
         value = tuple(value.values())
@@ -96,7 +101,7 @@ class TensorEvents(Dataset):
 
     def __getitem__(self, index: Any) -> Batch:
         at = torch.as_tensor(index)
-        return Batch(*(_map(v, lambda t: t[at]) for v in self.batch))
+        return Batch(*(chosen(v, at) for v in self.batch))
 
 
 class EpochBatches(Sampler[list[int]]):

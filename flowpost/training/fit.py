@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._checks import as_tensor, check_positive_int, require
 from ..head import PosteriorHead, PosteriorModel
-from .data import Batch, EpochBatches, loader, sample_of, split, to_batch
+from .data import Batch, EpochBatches, chosen, loader, sample_of, split, to_batch
 from .history import Epoch, History
 from .module import Schedule, module_class, one_cycle
 
@@ -245,7 +245,8 @@ def _check_labels(head: PosteriorHead, train: Any) -> None:
     if batch.mask is None:
         head.space.validate(z)
     if batch.reference is not None:
-        head._reference(batch.reference, 2)
+        known = None if batch.mask is None else torch.as_tensor(batch.mask).reshape(z.shape)
+        head._reference(batch.reference, 2, known)
 
 
 def _train_mode(model: PosteriorModel) -> None:
@@ -289,10 +290,7 @@ def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
                     "Expected at least one event with all labels; every one is masked."
                 )
             z, weight = z[known], None if weight is None else weight[known]
-            if isinstance(reference, dict):
-                reference = {k: torch.as_tensor(v)[known] for k, v in reference.items()}
-            elif reference is not None:
-                reference = torch.as_tensor(reference)[known]
+            reference = chosen(reference, known)
         model.head.fit_scale(z, weight, reference)
     if wanted:
         x = batch.x
