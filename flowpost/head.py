@@ -162,13 +162,7 @@ class PosteriorHead(nn.Module):
                     f"Expected reference of shape {tuple(z.shape)} as the labels; got "
                     f"{tuple(guess.shape)}. Give one first guess for each event."
                 )
-        parts = [
-            b.space.fit_scale(
-                z[:, b.columns], weight, guess[:, b.columns] if guess is not None and own else None
-            )
-            for b, own in zip(self.space.blocks, flags, strict=True)
-        ]
-        fitted = Scale(*(torch.cat(p) for p in zip(*parts, strict=True)))
+        fitted = self.space.fit_blocks(z, weight, guess, flags)
         for name, value in fitted._asdict().items():
             check_finite(value.to(self.scale.dtype), f"{name} of the labels", "Change their units.")
         if not bool((fitted.unit.to(self.scale.dtype) > 0).all()):

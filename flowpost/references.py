@@ -25,13 +25,13 @@ def blocks_named(space: Space, given: bool | str | Sequence[str]) -> list[str]:
         return [b.name for b in blocks] if given else []
     names = [given] if isinstance(given, str) else list(given)
     for name in names:
-        if not any(b.name == name or b.name.startswith(f"{name}.") for b in blocks):
+        if not any(b.within(name) for b in blocks):
             known = ", ".join(b.name for b in blocks if b.name) or "none: it is no Product"
             raise ValueError(
                 f"Expected references of blocks of the label space; got {name!r}. Blocks are "
                 f"{known}."
             )
-    return [b.name for b in blocks if any(b.name == n or b.name.startswith(f"{n}.") for n in names)]
+    return [b.name for b in blocks if any(b.within(n) for n in names)]
 
 
 def named_blocks(space: Space, reference: Any) -> list[str]:
@@ -66,7 +66,7 @@ def read_reference(
         return _column(z, ndim) if space.label_size == 1 else z
     parts: dict[str, tuple[slice, Tensor]] = {}
     for name, value in _flat(reference).items():
-        of = [b for b in space.blocks if b.name == name or b.name.startswith(f"{name}.")]
+        of = [b for b in space.blocks if b.within(name)]
         columns = slice(min(b.columns.start for b in of), max(b.columns.stop for b in of))
         value = as_tensor(value, f"reference[{name!r}]", like=like)
         parts[name] = columns, value

@@ -120,41 +120,41 @@ class BoundFlow:
             scale = Scale(*(t[b.base] for t in self.scale))
             yield b, Placement(location, log_width, scale, shape, profile, reference)
 
-    def _warped(self, block: Block, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Labels (..., D) through the warps of their block, if it has any, and ladj (...)."""
+    def _warped(self, block: Block, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor | float]:
+        """Labels (..., D) through the warps of their block, and ladj for each coordinate."""
         if self.warps is None or not block.space.directional:
-            return z, torch.zeros((), device=z.device)
+            return z, 0.0
         spheres = [b.base for b in self.space.blocks if b.space.directional]
         own = self.warps[..., spheres.index(block.base), :]
-        return (warp_inverse if inverse else warp)(z, own, self.warp_count)
+        z, ladj = (warp_inverse if inverse else warp)(z, own, self.warp_count)
+        return z, ladj[..., None].to(own.dtype) / block.space.dof
 
     def _lean(self, v: Tensor) -> Tensor:
-        if not any(b.space.compact for b in self.space.blocks):
+        if not self.space.compact_dof:
             return v
         return torch.cat([b.space.lean(v[..., b.base]) for b in self.space.blocks], -1)
 
-    def _compact(self, like: Tensor) -> Tensor | None:
-        if not any(b.space.compact for b in self.space.blocks):
-            return None
-        flags = [b.space.compact for b in self.space.blocks for _ in range(b.space.dof)]
-        return torch.tensor(flags, device=like.device)
-
     def _stretch(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         assert self.tail_bound is not None
-        out, ladj = (tail_inverse if inverse else tail)(v, self.tail_bound)
-        compact = self._compact(v)
-        if compact is None:
+        c = self.space.compact_dof
+        out, ladj = (tail_inverse if inverse else tail)(v[..., c:], self.tail_bound)
+        if not c:
             return out, ladj
-        return torch.where(compact, v, out), ladj.masked_fill(compact, 0.0)
+        compact = v[..., :c]
+        return torch.cat([compact, out], -1), torch.cat([torch.zeros_like(compact), ladj], -1)
 
     def _bent(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """Coordinates through the spline layers, which see each block as it widens it."""
-        blocks = self.space.blocks
-        start = torch.cat([b.space.widen(v[..., b.base]) for b in blocks], -1)
+        blocks, compact = self.space.blocks, self.space.compact_dof
+        start = v
+        if compact:
+            start = torch.cat([b.space.widen(v[..., b.base]) for b in blocks], -1)
         w, ladj = start, torch.zeros_like(v)
         for layer in reversed(self.layers) if inverse else self.layers:
             w, step = (layer.from_base if inverse else layer.to_base)(w, blocks)
             ladj = ladj + step
+        if not compact:
+            return w, ladj
         parts = [b.space.narrow(*(t[..., b.base] for t in (v, start, w, ladj))) for b in blocks]
         out, ladjs = zip(*parts, strict=True)
         return torch.cat(out, -1), torch.cat(ladjs, -1)
@@ -170,7 +170,7 @@ class BoundFlow:
         for b, at in self._placements():
             label, growth = self._warped(b, z[..., b.columns], inverse=False)
             part, step = b.space.to_residual(label, at)
-            parts.append((part, step + growth[..., None].to(step.dtype) / b.space.dof))
+            parts.append((part, step + growth))
         v = torch.cat([v for v, _ in parts], -1)
         ladj = torch.cat([j for _, j in parts], -1)
         if self.lower is not None:
@@ -203,9 +203,8 @@ class BoundFlow:
         for b, at in self._placements():
             part, step = b.space.from_residual(u[..., b.base], at)
             part, growth = self._warped(b, part, inverse=True)
-            step = step + growth[..., None].to(step.dtype) / b.space.dof
             z.append((b.columns.start, part))
-            steps.append(step)
+            steps.append(step + growth)
         labels = torch.cat([part for _, part in sorted(z, key=lambda p: p[0])], -1)
         return labels, ladj + torch.cat(steps, -1)
 
@@ -216,15 +215,11 @@ class BoundFlow:
         """
         assert self.lower is not None
         columns: list[Tensor] = list(self._lean(t).unbind(-1))
-        compact = [b.space.compact for b in self.space.blocks for _ in range(b.space.dof)]
         out = list(t.unbind(-1))
-        for i, own in enumerate(compact):
-            if own:
-                continue
-            v = out[i]
+        for i in range(self.space.compact_dof, len(out)):
             for j in range(i):
-                v = v - self.lower[..., i, j] * columns[j]
-            out[i] = columns[i] = v
+                out[i] = out[i] - self.lower[..., i, j] * columns[j]
+            columns[i] = out[i]
         return torch.stack(out, -1)
 
     def _map(self, change: Callable[[Tensor, int], Tensor]) -> BoundFlow:

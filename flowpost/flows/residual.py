@@ -89,8 +89,7 @@ class ResidualFlow(nn.Module):
             Conditioner(space, groups_of(space, coupling, bool(i % 2)), hidden, spline_size)
             for i in range(count)
         )
-        compact = sum(b.space.dof for b in space.blocks if b.space.compact)
-        pairs = [(i, j) for i in range(compact, d) for j in range(i)]
+        pairs = [(i, j) for i in range(space.compact_dof, d) for j in range(i)]
         self._pairs = pairs if rung in ("affine", "spline") else []
         shapes = sum(b.space.shape_size for b in space.blocks) * (rung in ("affine", "spline"))
         profiles = sum(b.space.has_profile for b in space.blocks) * (rung == "spline")

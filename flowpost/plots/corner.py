@@ -64,7 +64,7 @@ def plot_corner(
     space = getattr(posterior, "space", None)
     named = _names(posterior, names, size) if axes is None or names is not None else None
     true = None if truth is None else _truth(truth, event, size)
-    if space is not None and any(b.space.compact for b in space.blocks):
+    if space is not None:
         # an angle's draws and truth on one branch
         both = z if true is None else torch.cat([z, z.new_tensor([true])])
         both = space.unwrap(both)

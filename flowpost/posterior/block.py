@@ -30,7 +30,7 @@ def block_posterior(posterior: Posterior, name: str, draws: int) -> Posterior:
     """The marginal of a block; see `Posterior.block`."""
     blocks = posterior.space.blocks
     offset = posterior._first if isinstance(posterior, BlockPosterior) else 0
-    chosen = [i for i, b in enumerate(blocks) if b.name == name or b.name.startswith(f"{name}.")]
+    chosen = [i for i, b in enumerate(blocks) if b.within(name)]
     if not chosen or not isinstance(posterior.space, Product):
         known = ", ".join(b.name for b in blocks if b.name) or "none: the space is no Product"
         raise ValueError(f"Expected the name of a block; got {name!r}. Blocks are {known}.")

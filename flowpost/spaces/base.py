@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,6 +68,12 @@ class Placement:
     profile: Tensor | None = None
     reference: Tensor | None = None
 
+    def label_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Floating type of labels of residuals of a type: a double reference keeps its digits."""
+        if self.reference is None:
+            return dtype
+        return torch.promote_types(dtype, self.reference.dtype)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -84,6 +90,10 @@ class Block:
     space: Space
     columns: slice
     base: slice
+
+    def within(self, name: str) -> bool:
+        """Whether the leaf is the block of a (dotted) name, or a part of it."""
+        return self.name == name or self.name.startswith(f"{name}.")
 
 
 class SpaceConstraint(constraints.Constraint):
@@ -153,6 +163,11 @@ class Space(ABC):
         return (Block("", self, slice(0, self.label_size), slice(0, self.dof)),)
 
     @property
+    def compact_dof(self) -> int:
+        """Base coordinates of circles and spheres, the first ones."""
+        return sum(b.space.dof for b in self.blocks if b.space.compact)
+
+    @property
     def support(self) -> SpaceConstraint:
         """The space as a torch constraint."""
         return SpaceConstraint(self)
@@ -200,6 +215,24 @@ class Space(ABC):
 
         With references (N, D) it is that of the labels relative to them.
         """
+
+    def fit_blocks(
+        self,
+        z: Tensor,
+        weight: Tensor | None,
+        reference: Tensor | None,
+        referenced: Sequence[bool],
+    ) -> Scale:
+        """Whitening of every leaf, in base order, relative to its reference where it has one."""
+        scales = [
+            b.space.fit_scale(
+                z[..., b.columns],
+                weight,
+                reference[..., b.columns] if reference is not None and own else None,
+            )
+            for b, own in zip(self.blocks, referenced, strict=True)
+        ]
+        return Scale(*(torch.cat(parts) for parts in zip(*scales, strict=True)))
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Circle(Space):
         size = _from_normal(y, sigma)
         ladj = torch.log(sigma * _share(sigma)) + ((size / sigma) ** 2 - y**2) / 2
         delta, growth = _zoom(torch.copysign(size, v[..., 0]), log_t)
-        kind = v.dtype if at.reference is None else torch.promote_types(v.dtype, at.reference.dtype)
+        kind = at.label_dtype(v.dtype)
         return self._label(self._location(at, kind) + delta), (ladj + growth)[..., None]
 
     def _core(self, at: Placement) -> Tensor:

@@ -207,13 +207,7 @@ class Product(Space):
         self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
     ) -> Scale:
         """Whitening of every block, in base order."""
-        scales = [
-            b.space.fit_scale(
-                z[..., b.columns], weight, None if reference is None else reference[..., b.columns]
-            )
-            for b in self.blocks
-        ]
-        return Scale(*(torch.cat(parts) for parts in zip(*scales, strict=True)))
+        return self.fit_blocks(z, weight, reference, [True] * len(self.blocks))
 
     def config(self) -> dict[str, Any]:
         """JSON description."""

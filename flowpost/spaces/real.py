@@ -80,8 +80,8 @@ class Line(Space):
             z, ladj = self.from_plane(at.location + v * width, at.scale)
         else:
             scale = self.about(at.scale, at.reference)
-            kind = torch.promote_types(v.dtype, at.reference.dtype)
-            z, ladj = self.from_plane(((at.location + v) * width).to(kind), scale)
+            r = ((at.location + v) * width).to(at.label_dtype(v.dtype))
+            z, ladj = self.from_plane(r, scale)
         return z, ladj.to(v.dtype) + at.log_width
 
     def centre(self, scale: Scale) -> Tensor:

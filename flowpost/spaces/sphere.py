@@ -98,7 +98,7 @@ class Sphere(Space):
             ladj = ladj + growth
         h, rest, growth = zoom(h, rest, log_t)
         ladj = ladj + growth
-        kind = v.dtype if at.reference is None else torch.promote_types(v.dtype, at.reference.dtype)
+        kind = at.label_dtype(v.dtype)
         axis, first, second = self._frame(at, kind)
         a, h, rest = a.to(kind), h.to(kind), rest.to(kind)
         across = 2 * (h * rest).clamp_min(_TINY).sqrt()[..., None] * a
