@@ -16,10 +16,10 @@ demo: .venv/.installed
 	$(BIN)/python examples/replace_mse_head.py --out demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -q --cov=flowpost --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -q -n 2 --cov=flowpost --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: .venv/.installed
-	$(BIN)/python -m pytest -q -m ''
+	$(BIN)/python -m pytest -q -n 2 -m ''
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

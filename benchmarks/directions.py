@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -102,12 +103,20 @@ def shape(target: Target, conditional: bool, seed: int, draws: int, epochs: int)
             "cpu": time.process_time() - start,
         }
         if not conditional:
-            result["antipode"] = antipode(q)
+            result["antipode"] = antipode(q, q.log_prob, 3.0)
+            result["true_antipode"] = antipode(q, target.log_prob, 3.0)
+            # where the density varies by itself, what an antipode adds shows close to it
+            result["close"] = antipode(q, q.log_prob, 0.1)
     return result
 
 
-def antipode(q: fp.Posterior) -> tuple[float, float]:
-    """Least and largest density within 3° of the antipode of μ, over the mean of 3° to 6°."""
+def antipode(
+    q: fp.Posterior, log_prob: Callable[[Tensor], Tensor], within: float
+) -> tuple[float, float]:
+    """Least and largest density within some degrees of the antipode of μ.
+
+    Over the mean density from there to twice as far.
+    """
     block, at = next(q._flow._placements())
     axis = -block.space._frame(at, DOUBLE)[0]
     generator = torch.Generator().manual_seed(0)
@@ -117,10 +126,10 @@ def antipode(q: fp.Posterior) -> tuple[float, float]:
         angle = (low + (high - low) * share) * DEGREE
         azimuth = 2 * math.pi * torch.rand(4000, generator=generator, dtype=DOUBLE)
         z = place(axis.expand(4000, 3), 2 * (angle / 2).sin() ** 2, azimuth)
-        return q.log_prob(z).double()
+        return log_prob(z).double()
 
-    around = torch.logsumexp(density(3, 6), 0) - math.log(4000)
-    near = density(0, 3) - around
+    around = torch.logsumexp(density(within, 2 * within), 0) - math.log(4000)
+    near = density(0, within) - around
     return math.exp(float(near.min())), math.exp(float(near.max()))
 
 
@@ -199,10 +208,14 @@ def main() -> None:
             for name, target in SHAPES.items():
                 if args.only in name:
                     r = shape(target, args.conditional, seed, args.draws, args.epochs)
-                    ends = (
-                        ", antipode {:.2f} to {:.2f}".format(*r["antipode"])
-                        if "antipode" in r
-                        else ""
+                    ends = "".join(
+                        f", {what} {{:.2g}} to {{:.2g}}".format(*r[name])
+                        for name, what in (
+                            ("antipode", "antipode"),
+                            ("true_antipode", "of the truth"),
+                            ("close", "within 0.1°"),
+                        )
+                        if name in r
                     )
                     print(
                         f"{name:22s} seed {seed}: KL {r['kl']:.4f} ± {r['error']:.4f}{ends}, "
