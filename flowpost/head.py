@@ -99,7 +99,7 @@ class PosteriorHead(nn.Module):
         # numbers of Python, which can be written as JSON
         self._options: dict[str, Any] = {
             "flow": flow,
-            "layers": check_positive_int(layers, "layers", minimum=int(flow == "spline")),
+            "layers": check_positive_int(layers, "layers", minimum=int(flow == "spline" and not warps)),
             "bins": check_positive_int(bins, "bins", minimum=2),
             "hidden": check_positive_int(hidden, "hidden"),
             "coupling": bool(coupling),

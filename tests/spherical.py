@@ -165,7 +165,14 @@ def perturbed(space, flow="spline", *, context=3, size=0.5, dtype=torch.float64,
     with torch.no_grad():
         for p in head.parameters():
             p.add_(size * torch.randn_like(p))
-    return head.to(dtype)
+    return grown(head).to(dtype)
+
+
+def grown(head):
+    """The head as after a training that was longer than its splines wait."""
+    if head.flow.waited is not None:
+        head.flow.waited.fill_(2.0)
+    return head
 
 
 def perturbed_posterior(space, flow="spline", *, events=4, dtype=torch.float64, **options):

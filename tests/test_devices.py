@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from spherical import grown
 
 import flowpost as fp
 
@@ -50,6 +51,7 @@ def perturbed(flow):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
+    grown(model.head)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from spherical import grown
 
 from flowpost.head import PosteriorHead
 from flowpost.posterior import Posterior, Summary, base, block, statistics
@@ -28,7 +29,7 @@ def head_of(space, flow="spline", *, context=3, size=0.15, dtype=torch.float64, 
         for p in head.parameters():
             p.add_(size * torch.randn_like(p))
     head.scale = torch.full_like(head.scale, 0.4)
-    return head.to(dtype)
+    return grown(head).to(dtype)
 
 
 def posterior_of(space, flow="spline", events=6, dtype=torch.float64, **options):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from spherical import directions, nodes
+from spherical import directions, grown, nodes
 
 import flowpost as fp
 from flowpost.flows.warps import warp, warp_inverse, warp_size
@@ -80,6 +80,7 @@ def test_density_of_a_head(space, tmp_path):
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    grown(head)
     context = torch.randn(4, 3, dtype=torch.float64)
     q = head(context)
     direction = q if isinstance(space, fp.Sphere) else q["n"]

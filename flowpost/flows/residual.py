@@ -29,6 +29,10 @@ __all__ = ["ResidualFlow", "RUNGS"]
 
 RUNGS = ("mse", "diagonal", "affine", "spline")
 _LARGEST_LOG_WIDTH = 14.0
+# Training steps for which the splines of circles and spheres wait, and then grow in as many. They
+# reach everywhere: begun at once they take what should be the location's, and the training stays
+# where no axis points at the data (measured by benchmarks/directions.py widths).
+_WAIT = 300
 
 
 class ResidualFlow(nn.Module):
@@ -51,6 +55,8 @@ class ResidualFlow(nn.Module):
     Raises:
         ValueError: If an option is out of its range.
     """
+
+    waited: Tensor | None
 
     def __init__(
         self,
@@ -84,7 +90,7 @@ class ResidualFlow(nn.Module):
                 f"{warps} for {rung!r} on {space!r}."
             )
         d, spline_size = space.dof, 3 * bins - 1
-        count = check_positive_int(layers, "layers") if rung == "spline" else 0
+        count = check_positive_int(layers, "layers", minimum=int(not warps)) if rung == "spline" else 0
         self.conditioners = nn.ModuleList(
             Conditioner(space, groups_of(space, coupling, bool(i % 2)), hidden, spline_size)
             for i in range(count)
@@ -106,6 +112,10 @@ class ResidualFlow(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(size))
         self.log_width = nn.Parameter(torch.zeros(space.width_size)) if rung == "mse" else None
+        # steps of training done, in units of those for which splines wait
+        late = bool(context and count and space.compact_dof)
+        self.register_buffer("waited", torch.zeros(()) if late else None)
+        self.wait = _WAIT
         with torch.no_grad():
             start = 0
             for _ in range(count):
@@ -145,11 +155,16 @@ class ResidualFlow(nn.Module):
         if self.log_width is not None:
             width = self.log_width.expand(*theta.shape[:-1], -1)
         log_width = _LARGEST_LOG_WIDTH * torch.tanh(width / _LARGEST_LOG_WIDTH)
+        share = self._share()
+        if share is not None:
+            profile = profile * share
         layers = []
         for i, module in enumerate(self.conditioners):
             assert isinstance(module, Conditioner)
             inner, outer = module.weights()
             skip = rest[2 * i].unflatten(-1, (self.space.dof, -1))
+            if share is not None:
+                outer, skip = outer * share, skip * share
             hidden = rest[2 * i + 1].unflatten(-1, (self.space.dof, -1))
             keep = None
             if self.training and self.dropout:
@@ -172,6 +187,17 @@ class ResidualFlow(nn.Module):
             referenced=referenced,
             tail_bound=self.tail_bound if self.rung == "spline" else None,
         )
+
+    def _share(self) -> Tensor | None:
+        """How much of the splines there is yet, or None for all of them; training goes on a step.
+
+        The count is kept as `BatchNorm` keeps its own, so that it works in any training loop.
+        """
+        if self.waited is None:
+            return None
+        if self.training and torch.is_grad_enabled():
+            self.waited += 1 / self.wait
+        return (self.waited - 1).clamp(0, 1)
 
     def _triangle(self, entries: Tensor) -> Tensor:
         d = self.space.dof

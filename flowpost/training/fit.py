@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .._checks import as_tensor, check_positive_int, require
 from ..head import PosteriorHead, PosteriorModel
@@ -120,7 +120,8 @@ def fit(
     module.wanted = wanted
     home = next(model.parameters()).device
     with _forked(), _quiet():
-        settle = epochs // _SETTLE_SHARE if trainer is None else 0
+        own_trainer = trainer is None
+        settle = epochs // _SETTLE_SHARE if own_trainer else 0
         settle = min(settle, _SETTLE)
         common = {"gradient_clip": gradient_clip, "precision": precision, "progress": progress}
         if trainer is None:
@@ -154,6 +155,8 @@ def fit(
         module._seed(len(kept["rows"]) if kept else 0)
         flow = model.head.flow
         before, flow.dropout = flow.dropout, _dropout(model.head)
+        if own_trainer:
+            flow.wait = _wait(flow.wait, epochs, batches)
         try:
             _train_mode(model)
             if kept and kept["stopped"]:
@@ -188,6 +191,13 @@ def fit(
     best = next(r for r in reversed(rows) if r.epoch == module.best_epoch)
     settled = settle if module.settling else 0
     return History(rows, best, stopped, settled=settled, snapshots=module.snapshots)
+
+
+def _wait(steps: int, epochs: int, batches: DataLoader) -> int:
+    """Steps for which splines wait: at most a tenth of a short training."""
+    if isinstance(batches.dataset, IterableDataset):
+        return steps
+    return max(1, min(steps, epochs * len(batches) // 10))
 
 
 def _dropout(head: PosteriorHead) -> float:
