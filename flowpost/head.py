@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ._checks import as_tensor, check_finite, check_positive_int, check_shape
 from ._weights import check_weights, weighted_mean
 from .flows import ResidualFlow
+from .masks import known_coordinates, read_mask
 from .posterior import Posterior
 from .posterior.base import log_density
 from .references import blocks_named, listed, named_blocks, read_reference
@@ -40,7 +41,8 @@ class PosteriorHead(nn.Module):
         space: The label space.
         flow: The rung of the ladder: `"mse"` (location), `"diagonal"` (and width), `"affine"` (and
             correlation) or `"spline"` (any shape).
-        layers: Spline layers.
+        layers: Spline layers; where it is None two, but none beside the warps of a sphere alone,
+            which do without the plane of the splines and so without its pole.
         bins: Bins K of a spline.
         hidden: Hidden units of each coordinate's conditioner.
         coupling: Coupling instead of autoregressive conditioning: fewer sequential steps of a draw
@@ -76,7 +78,7 @@ class PosteriorHead(nn.Module):
         space: Space,
         flow: str = "spline",
         *,
-        layers: int = 2,
+        layers: int | None = None,
         bins: int = 8,
         hidden: int = 64,
         coupling: bool = False,
@@ -96,10 +98,15 @@ class PosteriorHead(nn.Module):
                 f"Expected dropout as a share of at least 0 and below 1; got {dropout!r}. Set 0 "
                 "for none."
             )
+        bent = bool(warps) and all(b.space.directional for b in space.blocks)
+        if layers is None:
+            layers = 0 if bent else 2
         # numbers of Python, which can be written as JSON
         self._options: dict[str, Any] = {
             "flow": flow,
-            "layers": check_positive_int(layers, "layers", minimum=int(flow == "spline" and not warps)),
+            "layers": check_positive_int(
+                layers, "layers", minimum=int(flow == "spline" and not bent)
+            ),
             "bins": check_positive_int(bins, "bins", minimum=2),
             "hidden": check_positive_int(hidden, "hidden"),
             "coupling": bool(coupling),
@@ -144,8 +151,10 @@ class PosteriorHead(nn.Module):
         Raises:
             ValueError: If a label or reference is not in the space or there is none.
         """
-        z = self._columns(as_tensor(z, "labels")).detach().cpu()
-        check_shape(z, ("N", self.space.label_size), "labels")
+        z = as_tensor(z, "labels").detach().cpu()
+        z = self._columns(z) if z.ndim == 1 else z
+        hint = self.space._hint(z.shape[-1]) if z.ndim else ""
+        check_shape(z, ("N", self.space.label_size), "labels", hint)
         if not len(z):
             raise ValueError("Expected labels of at least one event; got none.")
         z = self.space.validate(z)
@@ -191,10 +200,15 @@ class PosteriorHead(nn.Module):
                 b.name for b, own in zip(blocks, self.referenced.tolist(), strict=True) if own
             ]
             if set(names) != set(wanted):
+                remedy = (
+                    "Pass reference=… wherever the head is called, and to fit_scale or fit, or "
+                    "nowhere."
+                )
+                if reference is not None and 0 < len(wanted) < len(blocks):
+                    remedy = f"Give {{{', '.join(f'{n!r}: …' for n in wanted)}}}."
                 raise ValueError(
                     f"Expected a reference of {listed(wanted)}, as the head was built or scaled; "
-                    f"got that of {listed(names)}. Pass reference=… wherever the head is called, "
-                    "and to fit_scale or fit, or nowhere."
+                    f"got that of {listed(names)}. {remedy}"
                 )
         if reference is None:
             return None, (False,) * len(blocks)
@@ -233,7 +247,9 @@ class PosteriorHead(nn.Module):
             )
         if not torch.compiler.is_compiling():
             check_finite(
-                context.detach(), "context", "Look for NaN in the inputs or a diverged network."
+                context.detach(),
+                "context",
+                "Look for NaN in the inputs of that row of the batch, or a diverged network.",
             )
         return context
 
@@ -297,9 +313,11 @@ class PosteriorHead(nn.Module):
             context: Context of shape (N, L), or None.
             z: Labels of shape (N, D).
             weight: Event weights of shape (N,); the mean is normalised by their sum.
-            mask: True where a label column is known, of shape (N, D). Missing columns are
+            mask: True where a label column is known, of shape (N, D), or a dict of those of some
+                blocks by name, (N,) or (N, k); other blocks are known. Missing columns are
                 marginalised, which is exact for whole trailing blocks of the flow; others are
-                refused. Their values are not read and may be NaN.
+                refused, and so are directions and angles where any other label is known, for they
+                come first. Their values are not read and may be NaN.
             reference: First guesses of the labels, as in `forward`.
             signed_weights: Allow negative weights, as of next-to-leading-order generators.
 
@@ -317,34 +335,38 @@ class PosteriorHead(nn.Module):
         Raises:
             ValueError: If labels or mask do not fit.
         """
-        z = self._columns(as_tensor(z, "labels", like=None if mask is None else self.flow.bias))
         if mask is None:
-            q = self._bind(context, reference)
+            q, z = self._bind(context, reference), self._columns(as_tensor(z, "labels"))
             self._match(q, z)
             return q.log_prob(z)
-        z = z.to(self.flow.bias.device)
-        known = torch.as_tensor(mask, device=z.device)
-        known = self._columns(known)
-        if known.dtype != torch.bool or known.shape != z.shape:
-            raise ValueError(
-                f"Expected mask as booleans of shape {tuple(z.shape)}; got {known.dtype} of shape "
-                f"{tuple(known.shape)}. True is a known label."
-            )
+        return self._masked(context, z, mask, reference)[1]
+
+    def _masked(
+        self, context: Tensor | None, z: Any, mask: Any, reference: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Base coordinates (N, d), log density (N,), and which events (N,) have all labels.
+
+        Those of missing labels are arbitrary.
+        """
+        z = self._columns(as_tensor(z, "labels", like=self.flow.bias)).to(self.flow.bias.device)
+        known = read_mask(self.space, mask, z)
+        terms = known_coordinates(self.space, known)
         q = self._bind(context, reference, known)
         self._match(q, z)
-        terms = self._known_coordinates(known)
         dummy = self.space.centre(q._flow.scale)
         z = q._labels(torch.where(known, z, dummy.to(z)))
         u, ladj = q._flow.to_base(z)
-        return torch.where(terms, log_density(u, ladj), 0.0).sum(-1)
+        return u, torch.where(terms, log_density(u, ladj), 0.0).sum(-1), known.all(-1)
 
     def _match(self, q: Posterior, z: Tensor) -> None:
         """Refuse labels of other events than the contexts', which would broadcast."""
         if q.batch_shape and z.shape[:-1] != q.batch_shape:
+            hint = self.space._hint(z.shape[-2]) if z.shape[-1] == 1 and z.ndim > 1 else ""
+            remedy = f"An encoder gives (N, {self.context}): flatten what it returns."
             raise ValueError(
                 f"Expected one label for each context; got contexts of shape "
-                f"{(*q.batch_shape, self.context)} and labels of shape {tuple(z.shape)}. An "
-                f"encoder gives (N, {self.context}): flatten what it returns."
+                f"{(*q.batch_shape, self.context)} and labels of shape {tuple(z.shape)}. "
+                f"{hint or remedy}"
             )
 
     def to_base_and_log_prob(
@@ -358,27 +380,6 @@ class PosteriorHead(nn.Module):
         q, z = self(context, reference=reference), self._columns(as_tensor(z, "labels"))
         self._match(q, z)
         return q.to_base_and_log_prob(z)
-
-    def _known_coordinates(self, known: Tensor) -> Tensor:
-        """Base coordinates (N, d) whose density counts; refuses what is not exact."""
-        parts: list[Tensor] = []
-        earlier = known.new_ones(known.shape[:-1])
-        for block in self.space.blocks:
-            columns = known[..., block.columns]
-            whole, none = columns.all(-1), ~columns.any(-1)
-            bad = ~(whole | none) | (whole & ~earlier)
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0, 0])
-                order = ", ".join(repr(b.name) for b in self.space.blocks)
-                raise ValueError(
-                    f"Expected missing labels to be whole trailing blocks of the flow (order: "
-                    f"{order}), for only those are marginalised exactly; row {row} has "
-                    f"{known[row].tolist()}. Declare labels that may be missing last, each under "
-                    "its own name in a Product."
-                )
-            earlier = whole
-            parts.append(whole.unsqueeze(-1).expand(*whole.shape, block.space.dof))
-        return torch.cat(parts, -1)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
