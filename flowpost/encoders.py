@@ -85,6 +85,13 @@ class Encoder(nn.Module):
         """JSON description from which the encoder is built again."""
         return {"type": type(self).__name__, **self._options}
 
+    def check(self, *args: Any, **named: Any) -> None:
+        """Refuse inputs, arguments as in `forward`, before they are shuffled.
+
+        Raises:
+            ValueError: If their shape is wrong, or a value is not finite; the error names its row.
+        """
+
     @property
     def fitted(self) -> bool:
         """Whether the standardisation has been set."""
@@ -150,11 +157,16 @@ class Tabular(Encoder):
         self.squash.fit(self._columns(x))
         return self
 
-    def _columns(self, x: Any) -> Tensor:
-        x = as_tensor(x, "x", like=self.skip.weight)
+    def check(self, x: Any) -> None:
+        """Refuse inputs (N, F) of another width, or not finite where none may be missing."""
+        x = as_tensor(x, "x")
         check_shape(x, ("N", self.features), "x", "Set Tabular(features=…) to its columns.")
         if not self.missing and not torch.compiler.is_compiling():
             check_finite(x, "x", "Set Tabular(missing=True) where values may be missing.")
+
+    def _columns(self, x: Any) -> Tensor:
+        x = as_tensor(x, "x", like=self.skip.weight)
+        self.check(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,11 +218,16 @@ class CNN(Encoder):
         self.squash.fit(x.movedim(1, -1).reshape(-1, self.channels))
         return self
 
-    def _images(self, x: Any) -> Tensor:
-        x = as_tensor(x, "x", like=self.out.weight)
+    def check(self, x: Any) -> None:
+        """Refuse images of another shape than (N, C, H, W), or not finite."""
+        x = as_tensor(x, "x")
         check_shape(x, ("N", self.channels, "H", "W"), "x", "Set CNN(channels=…) to its channels.")
         if not torch.compiler.is_compiling():
             check_finite(x, "x", "Mask or fill dead pixels.")
+
+    def _images(self, x: Any) -> Tensor:
+        x = as_tensor(x, "x", like=self.out.weight)
+        self.check(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,6 +260,16 @@ class _Sequences(Encoder):
 
     features: int
     squash: Squash
+
+    def check(self, x: Any, lengths: Any = None, mask: Any = None) -> None:
+        """Refuse events (N, M, F) of another shape, or with a real element that is not finite."""
+        if isinstance(x, PackedSequence):
+            return
+        x = as_tensor(x, "x")
+        check_shape(x, ("N", "M", self.features), "x", "Pad the events to one length.")
+        known = _element_mask(x, lengths, mask)
+        if bool((known & ~torch.isfinite(x).all(-1)).any()):
+            check_finite(torch.where(known.unsqueeze(-1), x, 0.0), "x")
 
     def _elements(self, x: Any, lengths: Any, mask: Any) -> tuple[Tensor, Tensor]:
         x = as_tensor(x, "x", like=self.squash.loc).to(self.squash.loc.dtype)

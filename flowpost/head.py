@@ -222,7 +222,7 @@ class PosteriorHead(nn.Module):
         centre = self.space.centre(Scale(self.unit, self.loc, self.scale))
         z = read_reference(self.space, reference, centre, self.flow.bias, ndim)
         if known is not None and known.shape == z.shape:
-            z = torch.where(known, z, centre.to(z))
+            z = torch.where(known.to(z.device), z, centre.to(z))
         if not torch.compiler.is_compiling():
             z = self.space.validate(z, "reference")
         return z.to(self.flow.bias.device), flags

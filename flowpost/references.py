@@ -1,4 +1,4 @@
-"""First guesses of labels, to which a head predicts relative to: by column or by name."""
+"""First guesses of labels, which a head predicts relative to: by column or by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ._checks import as_tensor
 from .spaces import Space
 
-__all__ = ["blocks_named", "listed", "named_blocks", "read_reference"]
+__all__ = ["blocks_named", "by_name", "columns_of", "listed", "named_blocks", "read_reference"]
 
 
 def blocks_named(space: Space, given: bool | str | Sequence[str]) -> list[str]:
@@ -25,19 +25,29 @@ def blocks_named(space: Space, given: bool | str | Sequence[str]) -> list[str]:
         return [b.name for b in blocks] if given else []
     names = [given] if isinstance(given, str) else list(given)
     for name in names:
-        if not any(b.within(name) for b in blocks):
-            known = ", ".join(b.name for b in blocks if b.name) or "none: it is no Product"
-            raise ValueError(
-                f"Expected references of blocks of the label space; got {name!r}. Blocks are "
-                f"{known}."
-            )
+        columns_of(space, name, "references")
     return [b.name for b in blocks if any(b.within(n) for n in names)]
+
+
+def columns_of(space: Space, name: str, what: str) -> slice:
+    """Label columns of the block of a name, of which there is `what`.
+
+    Raises:
+        ValueError: If no block has such a name.
+    """
+    of = [b for b in space.blocks if b.within(name)]
+    if not of:
+        known = ", ".join(b.name for b in space.blocks if b.name) or "none: it is no Product"
+        raise ValueError(
+            f"Expected {what} of blocks of the label space; got {name!r}. Blocks are {known}."
+        )
+    return slice(min(b.columns.start for b in of), max(b.columns.stop for b in of))
 
 
 def named_blocks(space: Space, reference: Any) -> list[str]:
     """Names of the leaf blocks that have a reference."""
     if isinstance(reference, Mapping):
-        return blocks_named(space, list(_flat(reference)))
+        return blocks_named(space, list(by_name(reference)))
     return blocks_named(space, reference is not None)
 
 
@@ -65,9 +75,8 @@ def read_reference(
         z = as_tensor(reference, "reference", like=like)
         return _column(z, ndim) if space.label_size == 1 else z
     parts: dict[str, tuple[slice, Tensor]] = {}
-    for name, value in _flat(reference).items():
-        of = [b for b in space.blocks if b.within(name)]
-        columns = slice(min(b.columns.start for b in of), max(b.columns.stop for b in of))
+    for name, value in by_name(reference).items():
+        columns = columns_of(space, name, "references")
         value = as_tensor(value, f"reference[{name!r}]", like=like)
         parts[name] = columns, value
         if columns.stop - columns.start > 1:
@@ -76,8 +85,10 @@ def read_reference(
         size = columns.stop - columns.start
         value = _column(value, ndim) if size == 1 else value
         if value.shape[-1:] != (size,):
+            hints = (b.space._hint(value.shape[-1]) for b in space.blocks if b.name == name)
             raise ValueError(
-                f"Expected reference[{name!r}] of shape (N, {size}); got {tuple(value.shape)}."
+                f"Expected reference[{name!r}] of shape (N, {size}); got {tuple(value.shape)}. "
+                f"{next(hints, '')}".rstrip()
             )
         parts[name] = columns, value
     shapes = {tuple(v.shape[:-1]) for _, v in parts.values()}
@@ -92,12 +103,12 @@ def read_reference(
     return z
 
 
-def _flat(reference: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_name(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping with dotted names."""
     found: dict[str, Any] = {}
-    for name, value in reference.items():
+    for name, value in nested.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= by_name(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
     return found

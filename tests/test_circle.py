@@ -233,6 +233,49 @@ def test_wrong_shapes():
         Circle(vector=True).validate(torch.zeros(4, 1))
 
 
+def test_wrong_shapes_say_what_they_may_be_meant_as():
+    pairs, text = torch.zeros(4, 2), re.escape("(4, 2). Circle(vector=True) takes unit vectors")
+    head = PosteriorHead(3, Circle())
+    with pytest.raises(ValueError, match=text):
+        head.fit_scale(pairs)
+    with pytest.raises(ValueError, match=r"Its columns are z\. Circle\(vector=True\) takes"):
+        Circle().validate(pairs)
+    for call in (head(torch.zeros(4, 3)).log_prob, lambda z: head.loss(torch.zeros(4, 3), z)):
+        with pytest.raises(ValueError, match=re.escape("(4, 2, 1). Circle(vector=True) takes")):
+            call(pairs)
+    with pytest.raises(ValueError, match=re.escape("Circle() takes angles in radians.")):
+        Circle(vector=True).validate(torch.zeros(4, 1))
+    with pytest.raises(ValueError, match=r"\(4 such of 4 events\)\. Normalise them: torch\.nn\."):
+        Circle(vector=True).validate(torch.ones(4, 2))
+    with pytest.raises(TypeError):
+        Circle(2)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_angles_in_degrees_are_told(reference):
+    z = 360 * torch.rand(500, 1)
+    space = fp.Product(azimuth=Circle())
+    with pytest.warns(UserWarning, match=r"most are beyond 2π \(median size 1\d\d.*torch.deg2rad"):
+        PosteriorHead(0, space).fit_scale(z, reference=z + 1 if reference else None)
+    head = PosteriorHead(0, space)
+    # radians on any branch, and a few far away, are nobody's mistake
+    radians = torch.deg2rad(z)
+    radians[:200] += 8 * math.pi
+    head.fit_scale(radians)
+    head.fit_scale(-torch.deg2rad(z))
+    PosteriorHead(0, Circle(vector=True)).fit_scale(label(Circle(vector=True), z[:, 0]))
+
+
+@pytest.mark.parametrize("branch", [-4 * math.pi, 0.0, 2 * math.pi])
+def test_membership_of_an_interval_on_any_branch(branch):
+    q = perturbed_posterior(Circle(), "affine", size=0.3, events=20)
+    low, high = q.interval(0.9)
+    assert ((low < -math.pi) | (high > math.pi)).any()
+    z = q.sample((4000,)) + branch
+    inside = torch.remainder(z - low, 2 * math.pi) <= high - low
+    assert inside.double().mean().item() == pytest.approx(0.9, abs=0.01)
+
+
 def test_description():
     for space in KINDS.values():
         assert space_from_config(space.config()) == space

@@ -1,6 +1,7 @@
 """Coverage, HPD, SBC, TARP and sharpness on exact, too-wide, too-narrow and biased posteriors."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+import flowpost as fp
 from flowpost import diagnostics as fd
 from flowpost.diagnostics.histogram import LevelHistogram
 from flowpost.diagnostics.nulls import binomial_interval
@@ -632,3 +634,69 @@ def test_verdict_names_the_bins_that_are_off():
     assert "in bins: 0 to 0.5 under-covers, 0.5 to 1 over-covers" in verdict
     fine = fd.coverage(torch.randn(8000, 1, generator=g), by=by, bins=[0.0, 0.5, 1.0])
     assert fine.verdict() == "consistent with the nominal coverage"
+
+
+def levels_of(points, n, inverse=False):
+    """Levels of n events whose coverage at nominal p is that of the points, joined by lines."""
+    nominal, empirical = np.array([(0, 0), *points, (1, 1)]).T
+    at = (np.arange(n) + 0.5) / n
+    pair = (nominal, empirical) if inverse else (empirical, nominal)
+    return torch.as_tensor(np.interp(at, *pair))
+
+
+CROSSING = [(0.5, 0.559), (0.68, 0.725), (0.9, 0.870), (0.95, 0.919)]
+
+
+@pytest.mark.parametrize("n", [1000, 20_000])
+@pytest.mark.parametrize("crossing", [CROSSING, [(0.1, 0.17), (0.5, 0.43)]], ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_verdict_of_a_crossing_is_that_of_the_table(crossing, inverse, n):
+    result = fd.level_coverage(levels_of(crossing, n, inverse), kind="HPD")
+    points = [(e, p) for p, e in crossing] if inverse else crossing
+    for p, e in points:
+        assert result.coverage_at(p) == pytest.approx(e, abs=1e-3)
+    low = "under" if inverse else "over"
+    high = "over" if inverse else "under"
+    tails = "heavy" if inverse else "light"
+    assert result.verdict() == (
+        f"{low}-covers at low and {high}-covers at high credibility (tails too {tails})"
+    )
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_verdict_of_a_bump_names_its_place(inverse):
+    bump = [(0.4, 0.4), (0.5, 0.55), (0.6, 0.6)]
+    verdict = fd.level_coverage(levels_of(bump, 3000, inverse)).verdict()
+    word = "under" if inverse else "over"
+    assert re.fullmatch(rf"{word}-covers around 5\d(\.\d)? % credibility", verdict)
+    exact = fd.level_coverage(levels_of([], 3000))
+    assert exact.verdict() == "consistent with the nominal coverage"
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_an_unconditional_density_is_that_of_every_event(name):
+    head = fp.PosteriorHead(0, fp.Product(a=fp.Positive(), b=fp.Circle()), "affine")
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    q = head(None)
+    z = q.sample((400,))
+    results = []
+    for one in (q, q.expand((400,))):
+        one.z = z
+        results.append(SAMPLED[name](one, torch.Generator().manual_seed(1)))
+    assert str(results[0]) == str(results[1])
+    assert float(torch.as_tensor(results[0].ks_pvalue).min()) > 1e-3
+    assert fd.sharpness(q, z, draws=50).count == 400
+    with pytest.raises(ValueError, match=r"becomes that by q\.expand\(\(N,\)\)"):
+        fd.hpd_coverage(q, z[0])
+
+
+def test_columns_and_base_coordinates_are_called_as_in_the_space():
+    space = fp.Product(energy=fp.Positive(), direction=fp.Sphere())
+    q = fp.PosteriorHead(2, space, "affine")(torch.zeros(50, 2))
+    z = q.sample()
+    assert fd.sbc(q, z, draws=20).names == space.names
+    table = str(fd.coverage(q.to_base(z), names=q.space.base_names))
+    for name in ("direction.u0", "direction.u1", "energy"):
+        assert name in table

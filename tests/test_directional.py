@@ -24,7 +24,7 @@ from spherical import (
 )
 
 from flowpost.directions import separation
-from flowpost.posterior import directional, statistics
+from flowpost.posterior import Posterior, directional, statistics
 from flowpost.spaces import Circle, Product, Real, Sphere
 
 LEVELS = (0.1, 0.5, 0.68, 0.9, 0.99)
@@ -353,6 +353,25 @@ def test_many_events_are_as_one_by_one(monkeypatch, chunk):
             expected[name] = expected[name].abs()
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(value, one, rtol=1e-6, atol=1e-8)
+
+
+def test_draws_are_decoded_once(monkeypatch):
+    """About the mean of the same draws, and at the cost of one pass."""
+    q = perturbed(Sphere(), "affine", size=0.2)(torch.randn(7, 3).double())
+    calls, decode = [], Posterior._decode_labels
+
+    def counted(self, u):
+        calls.append(u.shape)
+        return decode(self, u)
+
+    monkeypatch.setattr(Posterior, "_decode_labels", counted)
+    found = q.angular_resolution([0.5, 0.9], draws=500)
+    assert [s[0] for s in calls] == [500]
+    (mean,) = q._reduce(lambda z, _: (q.space.mean(z),), 500, None)
+    torch.testing.assert_close(q.angular_resolution([0.5, 0.9], about=mean, draws=500), found)
+    generator = torch.Generator().manual_seed(0)
+    other = q.angular_resolution([0.5, 0.9], draws=500, generator=generator)
+    torch.testing.assert_close(other, found, rtol=0.15, atol=0)
 
 
 def test_about_is_broadcast_and_checked():

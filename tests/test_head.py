@@ -171,6 +171,69 @@ def test_masks_of_the_wrong_kind(data, mask):
         head.loss(context, z, mask=mask)
 
 
+def test_masks_by_the_name_of_a_block(data):
+    head, context, z = data
+    mask = torch.ones(8, 4, dtype=torch.bool)
+    mask[3:, 3] = False
+    mask[5:, 1:3] = False
+    expected = head.log_prob(context, z, mask)
+    for named in (
+        {"x": mask[:, 1], "y": mask[:, 3]},
+        {"y": mask[:, 3:], "x": mask[:, 1:3]},
+        {"e": [True] * 8, "x": mask[:, 1].numpy(), "y": mask[:, 3].tolist()},
+    ):
+        torch.testing.assert_close(head.log_prob(context, z, named), expected)
+        torch.testing.assert_close(head.loss(context, z, mask=named), -expected.mean())
+    torch.testing.assert_close(head.log_prob(context, z, {}), head(context).log_prob(z))
+    nested = head_of(Product(a=Product(e=Positive(), x=Real(2)), y=Real()))
+    label = nested(context).sample()
+    columns = torch.ones(8, 4, dtype=torch.bool)
+    columns[2:, 1:] = False
+    known = columns[:, 1]
+    expected = nested.log_prob(context, label, columns)
+    for named in ({"a": {"x": known}, "y": known}, {"a.x": known, "y": known}):
+        torch.testing.assert_close(nested.log_prob(context, label, named), expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        ({"z": torch.ones(8).bool()}, "Expected a mask of blocks of the label space; got 'z'. Bl"),
+        (
+            {"e": torch.ones(8)},
+            r"Expected mask\['e'\] as booleans of shape \(8,\); got torch.fl",
+        ),
+        ({"x": torch.ones(8, 3).bool()}, r"mask\['x'\] as booleans of shape \(8, 2\)"),
+        ({"y": torch.ones(7).bool()}, r"mask\['y'\] as booleans of shape \(8,\)"),
+        ({"e": torch.zeros(8).bool()}, "Declare labels that may be missing last"),
+    ],
+    ids=str,
+)
+def test_named_masks_that_are_refused(data, mask, text):
+    head, context, z = data
+    with pytest.raises(ValueError, match=text):
+        head.loss(context, z, mask=mask)
+
+
+def test_a_missing_direction_is_told_what_it_is():
+    space = Product(energy=Positive(), direction=fp.Sphere(), azimuth=fp.Circle())
+    head = head_of(space, "affine")
+    context = torch.randn(8, 3, dtype=torch.float64)
+    z, some = head(context).sample(), torch.arange(8) != 5
+    first = "Directions and angles come first in the flow.* leave out events without "
+    for name in ("direction", "azimuth"):
+        with pytest.raises(ValueError, match=rf"mask row 5 has .*{first}'{name}'"):
+            head.loss(context, z, mask={name: some})
+    half = torch.ones(8, 5, dtype=torch.bool)
+    half[5, 2] = False
+    text = "mask row 5 has .* The mask divides 'direction': mask all columns of a vector or none"
+    for reference in (None, {"direction": z[:, 1:4]}):
+        with pytest.raises(ValueError, match=text):
+            head.loss(context, z, mask=half, reference=reference)
+    # what stands behind them may be missing
+    assert torch.isfinite(head.loss(context, z, mask={"energy": some}))
+
+
 def test_mask_of_a_single_column():
     head = head_of(Positive())
     context = torch.randn(5, 3, dtype=torch.float64)

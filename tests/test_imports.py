@@ -17,7 +17,7 @@ LAYERS = [
     {"_checks", "_zuko"},
     {"spaces", "directions", "encoders", "simulators", "metrics"},
     {"flows"},
-    {"posterior", "references", "head"},
+    {"posterior", "references", "masks", "head"},
     {"likelihood", "losses", "diagnostics"},
     {"generators", "systematics", "calibration", "inferno"},
     {"goodness", "skymap", "training", "io"},

@@ -525,3 +525,59 @@ def test_gallery_errors(options, message):
 def test_matplotlib_is_imported_when_something_is_drawn():
     code = "import flowpost.plots, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------ directions
+
+
+def sky_posterior(seed=0):
+    """Energies and directions of some 2°, beside a pole."""
+    torch.manual_seed(seed)
+    space = fp.Product(energy=fp.Positive(), direction=fp.Sphere(), angle=fp.Circle())
+    head = fp.PosteriorHead(3, space, "affine")
+    around = torch.tensor([0.01, -0.02, 1.0]) + 0.03 * torch.randn(500, 3)
+    head.fit_scale(
+        torch.cat(
+            [torch.rand(500, 1) + 1, torch.nn.functional.normalize(around, dim=-1),
+             torch.randn(500, 1)], -1
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        return head(0.1 * torch.randn(4, 3))
+
+
+def test_corner_draws_a_direction_as_offsets_from_its_mean():
+    q = sky_posterior()
+    truth = q.sample(generator=torch.Generator().manual_seed(1))
+    axes = plot_corner(q, truth, event=1, draws=4000)
+    assert axes.shape == (4, 4)
+    names = ["energy", "direction Δaz [°]", "direction Δalt [°]", "angle"]
+    assert [ax.get_xlabel() for ax in axes[-1]] == names
+    draws = q[1].sample((4000,), generator=torch.Generator().manual_seed(0)).double()[:, 1:4]
+    mean = torch.nn.functional.normalize(draws.mean(0), dim=0)
+    east = torch.linalg.cross(torch.tensor([0.0, 0.0, 1.0]).double(), mean)
+    east = torch.nn.functional.normalize(east, dim=0)
+    marks = [lines(axes[i, i], "truth")[0].get_xdata()[0] for i in (1, 2)]
+    # angle to the truth, and its side, by another formula
+    true = truth[1, 1:4].double()
+    angle = fp.directions.separation(mean, true, degrees=True)
+    assert math.hypot(*marks) == pytest.approx(float(angle), rel=1e-6)
+    bearing = math.atan2(float(true @ torch.linalg.cross(mean, east)), float(true @ east))
+    assert math.atan2(marks[1], marks[0]) == pytest.approx(bearing, abs=1e-6)
+    spread = torch.rad2deg(torch.asin(draws @ east)).std()
+    edges = axes[1, 1].patches[0].get_data()[1]
+    assert 4 * spread < edges[-1] - edges[0] < 9 * spread
+
+
+def test_corner_overlays_directions_about_the_same_middle():
+    q, other = sky_posterior(), sky_posterior(seed=3)
+    truth = q.sample()
+    axes = plot_corner(q, truth, draws=1000)
+    plot_corner(other, truth, draws=1000, axes=axes)
+    for i in range(4):
+        first, second = (line.get_xdata()[0] for line in lines(axes[i, i], "truth"))
+        assert first == pytest.approx(second, abs=1e-12)
+    with pytest.raises(ValueError, match="Expected 4 names"):
+        plot_corner(q, names=("a", "b", "c", "d", "e"))
+    single = plot_corner(sky_posterior()["direction"], draws=1000)
+    assert [ax.get_xlabel() for ax in single[-1]] == ["Δaz [°]", "Δalt [°]"]

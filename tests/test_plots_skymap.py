@@ -184,9 +184,10 @@ def test_axes_are_used_and_made():
 )
 @pytest.mark.parametrize("place", [(60, 35), (359.9999, -89.99)])
 def test_zoom_shows_circles_of_the_right_size(sigma, sign, unit, place):
-    sky = cap(*place, sigma)
+    sky = skymap.multiorder(VonMisesFisher(at(*place), sigma), frame="C")
     ax = plot_zoom(sky, truth=at(*place))
     assert ax.get_xlabel() == f"offset east [{sign}]"
+    assert ax.get_ylabel() == f"offset north [{sign}]"
     assert ax.figure.axes[1].get_ylabel() == f"probability per {unit}²"
     assert ax.get_xlim()[0] > ax.get_xlim()[1]  # east is left
     star = ax.lines[-1].get_xydata()[0]
@@ -230,6 +231,38 @@ def test_zoom_field_is_that_of_the_mode_or_the_ring():
     assert {"−15", "15"} & {t.get_text() for t in ax.get_xticklabels()} or len(ax.get_xticks()) > 4
     outside = plot_zoom(wide, center=at(1, 2), radius=20, truth=at(100, 2))
     assert len(texts(outside)) == 2
+
+
+def test_a_few_cells_far_out_do_not_open_the_field():
+    mode = skymap.flat(VonMisesFisher(at(60, 35), 3 * DEGREE), 128)
+    rim = mode.density[mode.levels <= 0.9].min()
+    density = mode.density.copy()
+    # one cell at each distance, so that no gap tells them from the mode
+    stray = [int(mode.cell_at(at(60, 35 - d))) for d in (8, 9, 11, 14, 19, 27, 38)]
+    density[stray] = 1.2 * rim
+    density /= (density * mode.cell_area).sum()
+    sky = skymap.SkyMap(mode.order, mode.pixel, density, mode.frame)
+    assert (sky.levels[stray] < 0.9).all()
+    middle, reach = field_of(sky, 0.9, 60)
+    expected = radius(0.9, 3 * DEGREE) / DEGREE
+    assert reach == pytest.approx(1.35 * expected, rel=0.15)
+    assert np.degrees(np.linalg.norm(middle - at(60, 35))) < 1
+    # where they hold more than a hundredth of the region, they are part of what is shown
+    density[stray] *= 7
+    heavy = skymap.SkyMap(
+        mode.order, mode.pixel, density / (density * mode.cell_area).sum(), mode.frame
+    )
+    assert field_of(heavy, 0.9, 60)[1] > 2 * reach
+
+
+def test_axes_of_a_local_map_say_how_azimuth_is_counted():
+    ax = cap(60, 35, DEGREE).plot_zoom()
+    assert ax.get_xlabel() == "offset along azimuth, from +x to +y [°]"
+    assert ax.get_ylabel() == "offset along altitude [°]"
+    assert ax.get_xlim()[0] > ax.get_xlim()[1]
+    # growing azimuth is left
+    star = plot_zoom(cap(60, 35, DEGREE), truth=at(61, 35)).lines[-1].get_xydata()[0]
+    assert star[0] > 0
 
 
 def test_ticks_are_angles():

@@ -29,10 +29,10 @@ SIGNATURES = """
 Real(size=1)
 Positive(size=1, *, clip=0.0)
 Interval(low, high, size=None, *, clip=0.0)
-Circle(vector=False)
+Circle(*, vector=False)
 Sphere()
 Product(**spaces)
-PosteriorHead(context, space, flow='spline', *, layers=2, bins=8, hidden=64, coupling=False, \
+PosteriorHead(context, space, flow='spline', *, layers=None, bins=8, hidden=64, coupling=False, \
 dropout=None, warps=0, reference=None)
 PosteriorHead.fit_scale(self, z, weight=None, reference=None)
 PosteriorHead.forward(self, context, *, reference=None, validate_args=True)

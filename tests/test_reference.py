@@ -509,7 +509,8 @@ def with_value(value, column):
             lambda: PosteriorHead(3, SKY, reference=["direction"])(
                 CONTEXT.float(), reference=SKY_REFERENCE
             ),
-            "Expected a reference of direction, as the head was built or scaled; got that of dire",
+            "Expected a reference of direction, as the head was built or scaled; got that of "
+            "direction, energy, vertex. Give {'direction': …}.",
         ),
         (
             lambda: PosteriorHead(3, SKY, reference=["direction"])(
@@ -543,14 +544,22 @@ def with_value(value, column):
         (lambda: sky(with_value(3.0, 4)), "in reference, row 4, column 'direction[0]'"),
         (
             lambda: sky({"direction": directions(6)[:, :2]}),
-            "Expected reference['direction'] of shape (N, 3); got (6, 2).",
+            "Expected reference['direction'] of shape (N, 3); got (6, 2). "
+            "flowpost.directions.from_ra_dec and from_zenith_azimuth make vectors",
         ),
         (
             lambda: sky({"direction": directions(6), "energy": torch.ones(5)}),
             "Expected references of as many events each; got [(5,), (6,)].",
         ),
         (lambda: sky({"direction": directions(4)}), "Expected one reference for each context"),
-        (lambda: sky({"direction": 2 * directions(6)}), "in reference, row 0"),
+        (
+            lambda: sky({"direction": 2 * directions(6)}),
+            "in reference, row 0, column 'direction[0]' (6 such of 6 events). Normalise them: ",
+        ),
+        (
+            lambda: PosteriorHead(3, Sphere())(CONTEXT.float(), reference=torch.ones(6, 2)),
+            "got (6, 2). Its columns are z[0], z[1], z[2]. flowpost.directions.from_ra_dec and",
+        ),
         (lambda: sky({"direction": "north"}), "Expected reference['direction'] as a tensor"),
         (
             lambda: PosteriorHead(3, SKY).fit_scale(SKY_REFERENCE, reference=SKY_REFERENCE[:3]),

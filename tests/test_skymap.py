@@ -704,6 +704,41 @@ def test_multiorder_files_are_equatorial(degree, tmp_path):
     assert os.listdir(tmp_path) == ["a.fits"]
 
 
+def test_a_flat_map_is_written_flat(tmp_path):
+    sky = skymap.flat(VonMisesFisher(at(60, 35), 10 * DEGREE), 16, frame="G")
+    sky.write(tmp_path / "a.fits")
+    values, header = hp.read_map(tmp_path / "a.fits", h=True)
+    assert dict(header)["ORDERING"] == "RING"
+    assert np.allclose(values, sky.rasterize(16))
+    sky = dataclasses.replace(sky, frame="C")
+    sky.write(tmp_path / "a.multiorder.fits")
+    assert fits.getheader(tmp_path / "a.multiorder.fits", 1)["ORDERING"] == "NUNIQ"
+    sky.write(tmp_path / "b.fits", nside=8)
+    assert fits.getheader(tmp_path / "b.fits", 1)["NSIDE"] == 8
+    back = skymap.read(tmp_path / "a.multiorder.fits")
+    assert np.allclose(back.density, sky.density)
+
+
+def test_labels_that_are_equatorial_are_not_rotated():
+    posterior = VonMisesFisher(at(60, 35), 10 * DEGREE)
+    for call in (skymap.multiorder, lambda q, **options: skymap.flat(q, 16, **options)):
+        with pytest.raises(ValueError, match=r'Expected a rotation of labels .* frame="C"\. Leave'):
+            call(posterior, frame="C", rotation=np.eye(3))
+
+
+def test_truth_is_rotated_with_the_map():
+    r = rotation()
+    posterior = VonMisesFisher(at(60, 35), 10 * DEGREE)
+    label = at(50, 40)
+    sky, turned = skymap.multiorder(posterior), skymap.multiorder(posterior, rotation=r)
+    expected = sky.searched_probability(label)
+    assert turned.searched_probability(r @ label) == pytest.approx(expected, abs=0.01)
+    assert turned.searched_probability(label) > 0.9
+    both = np.stack([label, at(60, 35)])
+    areas = turned.searched_area(both @ r.T)
+    assert areas == pytest.approx(sky.searched_area(both), rel=0.02, abs=1)
+
+
 def foreign_table(path, columns, **header):
     table = fits.BinTableHDU.from_columns([fits.Column(n, f, array=a) for n, f, a in columns])
     table.header.update(header)
@@ -896,6 +931,7 @@ def test_bad_detectors_are_refused():
     for arguments, options, message in (
         (("Greenwich", "2020-01-01"), {}, "location as one EarthLocation; got str"),
         ((location, "never"), {}, "time as an astropy Time"),
+        ((location, 60000.0), {}, r'got 60000\.0\. .*astropy\.time\.Time\(…, format="mjd"\)'),
         ((location, ["2020-01-01", "2020-01-02"]), {}, "Expected one time"),
         ((location, "2020-01-01"), {"x_azimuth": math.nan}, "x_azimuth in degrees"),
         ((location, "2020-01-01"), {"direction": np.eye(3)}, "one direction"),

@@ -11,7 +11,16 @@ from scipy import stats
 
 from flowpost.flows import BoundFlow
 from flowpost.head import PosteriorHead
-from flowpost.spaces import Interval, Positive, Product, Real, SpaceConstraint, space_from_config
+from flowpost.spaces import (
+    Circle,
+    Interval,
+    Positive,
+    Product,
+    Real,
+    SpaceConstraint,
+    Sphere,
+    space_from_config,
+)
 from flowpost.spaces.base import Scale
 
 
@@ -244,7 +253,7 @@ def test_positive_draws_are_positive_and_finite(dtype):
             "Expected finite labels; got nan in labels, row 1, column 'z[1]'",
         ),
         (Positive(), 2, 0, 0.0, "Expected labels above 0 (Positive); got 0 in labels, row 2"),
-        (Positive(2), 0, 1, -3.0, "got -3 in labels, row 0, column 'z[1]' (1 such of 8)"),
+        (Positive(2), 0, 1, -3.0, "got -3 in labels, row 0, column 'z[1]' (1 such of 4 events)"),
         (Positive(), 3, 0, math.inf, "Expected finite labels; got inf"),
         (Interval(0.0, 2.0), 1, 0, 2.0, "strictly inside Interval(0, 2); got 2 in labels, row 1"),
         (Interval(0.0, 2.0), 1, 0, 0.0, "strictly inside Interval(0, 2); got 0 in labels, row 1"),
@@ -403,6 +412,17 @@ def test_names_and_blocks():
     assert Real().names == ("z",)
 
 
+def test_base_names_stand_in_the_order_of_the_flow():
+    space = Product(
+        energy=Positive(), vertex=Real(2), azimuth=Circle(), sky=Product(direction=Sphere())
+    )
+    names = ["sky.direction.u0", "sky.direction.u1", "azimuth", "energy", "vertex[0]", "vertex[1]"]
+    assert list(space.base_names) == names
+    assert len(space.base_names) == space.dof
+    assert Sphere().base_names == Real(2).base_names == ("u0", "u1")
+    assert Product(phase=Circle(vector=True)).base_names == ("phase",)
+
+
 @pytest.mark.parametrize("batch", [(), (1,), (5,), (1, 1), (2, 3)], ids=str)
 def test_pack_and_unpack(batch):
     space = CASES["nested"][0]
@@ -435,6 +455,15 @@ def test_pack_refuses_what_does_not_fit():
         space.pack({"e": torch.ones(4), "v": torch.ones(4, 2)})
     with pytest.raises(ValueError, match="as many labels of every name"):
         space.pack({"e": torch.ones(4), "v": torch.ones(5, 3)})
+    sky = Product(e=Positive(), phi=Circle(), direction=Sphere())
+    given = {"e": torch.ones(4), "phi": torch.ones(4), "direction": torch.ones(4, 3)}
+    angles = r"\(4, 2\)\. flowpost\.directions\.from_ra_dec and from_zenith_azimuth"
+    with pytest.raises(ValueError, match=angles):
+        sky.pack({**given, "direction": torch.ones(4, 2)})
+    for pair in (sky, Product(phi=Circle(), e=Positive())):
+        some = {k: v for k, v in given.items() if k in pair.spaces}
+        with pytest.raises(ValueError, match=r"of (shape )?\(4, 2\).* Circle\(vector=True\) takes"):
+            pair.pack({**some, "phi": torch.ones(4, 2)})
     with pytest.raises(ValueError, match=r"Expected labels of shape \(..., 4\)"):
         space.unpack(torch.ones(4, 3))
 

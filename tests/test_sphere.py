@@ -238,6 +238,7 @@ def test_other_lengths_are_refused_with_row_and_length(length):
     assert "in labels, row 2" in text
     assert f"of length {length:g} in labels" in text
     assert "(x, y, z) as labels of Sphere, of a length within 1e-3 of 1" in text
+    assert "(1 such of 4 events). Normalise them: torch.nn.functional.normalize(v, dim=-1)." in text
     assert Sphere().contains(z).tolist() == [True, True, False, True]
 
 
@@ -256,6 +257,12 @@ def test_wrong_shapes():
         Sphere().validate(torch.ones(5, 2))
     with pytest.raises(ValueError, match=re.escape("got ()")):
         Sphere().validate(torch.tensor(1.0))
+    angles = "flowpost.directions.from_ra_dec and from_zenith_azimuth make vectors"
+    for call in (Sphere().validate, PosteriorHead(0, Sphere()).fit_scale):
+        with pytest.raises(ValueError, match=rf"got \(5, 2\).*{re.escape(angles)}"):
+            call(torch.ones(5, 2))
+    with pytest.raises(ValueError, match=angles):
+        THREE.validate(torch.ones(5, 4))
     head = PosteriorHead(2, Sphere())
     with pytest.raises(ValueError, match=r"Expected one label for each context; got contexts"):
         head.log_prob(torch.zeros(4, 2), directions(5))

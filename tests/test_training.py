@@ -788,3 +788,108 @@ def test_double_inputs_of_a_network_of_ones_own():
 def test_advice_after_a_training():
     short = fit(model_of(dropout=0.0), (X, Z), val=(X, Z), epochs=4, lr=3e-2, schedule=None)
     assert "more epochs may help" in str(short)
+
+
+def test_a_bad_input_is_named_by_its_row():
+    x = X.clone()
+    x[17, 1] = math.nan
+    with pytest.raises(ValueError, match="Expected finite x; got nan in row 17, column 1"):
+        fp.fit(model_of(), (x, Z), val=0.3, progress=False)
+    head = fp.PosteriorHead(2, fp.Real(1), "diagonal")
+    with pytest.raises(ValueError, match="Expected finite x; got nan in row 17"):
+        fp.fit(fp.PosteriorModel(None, head), (x, Z), val=0.3, progress=False)
+    hits = torch.randn(N, 5, 2)
+    hits[41, 2, 0] = math.inf
+    lengths = torch.full((N,), 4)
+    for inputs in ((hits, lengths), {"x": hits, "lengths": lengths}):
+        sets = fp.PosteriorModel(fp.encoders.DeepSets(2, 2, hidden=4), head)
+        with pytest.raises(ValueError, match="Expected finite x; got inf in row 41, column 2"):
+            fp.fit(sets, {"x": inputs, "z": Z}, val=0.3, progress=False)
+
+
+def test_inputs_that_may_be_missing_are_left_to_the_encoder():
+    x = X.clone()
+    x[17, 1] = math.nan
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 4)
+
+        def forward(self, x):
+            return self.layer(torch.nan_to_num(x))
+
+    for encoder in (fp.encoders.Tabular(2, 4, hidden=8, missing=True), Own()):
+        model = fp.PosteriorModel(encoder, fp.PosteriorHead(4, fp.Real(1), "diagonal"))
+        assert math.isfinite(fit(model, (x, Z), val=0.3).best.val_nll)
+    hits = torch.randn(N, 5, 2)
+    hits[:, 3:] = math.nan
+    encoder = fp.encoders.LSTM(2, 4, hidden=4)
+    model = fp.PosteriorModel(encoder, fp.PosteriorHead(4, fp.Real(1), "diagonal"))
+    data = {"x": (hits, torch.full((N,), 3)), "z": Z}
+    assert math.isfinite(fit(model, data, val=0.3).best.val_nll)
+
+
+MASKED = fp.Product(a=fp.Real(), b=fp.Real())
+
+
+def masked_events(n, share, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2, generator=g)
+    z = x + SIGMA * torch.randn(n, 2, generator=g)
+    known = torch.rand(n, generator=g) < share
+    z[~known, 1] = math.nan
+    return x, z, known
+
+
+class Rows(Dataset):
+    """Events one by one of columns, which may be dicts."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns["z"])
+
+    def __getitem__(self, i):
+        return {
+            k: {n: t[i] for n, t in v.items()} if isinstance(v, dict) else v[i]
+            for k, v in self.columns.items()
+        }
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict", "Dataset of dicts"])
+def test_coverage_of_a_masked_training_is_that_of_the_known_events(form):
+    x, z, known = masked_events(300, 0.6)
+    columns = torch.stack([torch.ones_like(known), known], 1)
+    data = {"x": x, "z": z, "mask": columns if form == "tensor" else {"b": known}}
+    train = Rows(data) if form == "Dataset of dicts" else data
+    torch.manual_seed(0)
+    model = fp.PosteriorModel(None, fp.PosteriorHead(2, MASKED, "affine"))
+    history = fit(model, train, val=data, epochs=3)
+    level = model(x[known]).credibility(z[known])
+    for name, p in (("coverage50", 0.5), ("coverage68", 0.682689), ("coverage90", 0.9)):
+        expected = (level <= p).double().mean().item()
+        assert getattr(history.best, name) == pytest.approx(expected, abs=0.01)
+    assert 0 <= history.best.ks_pvalue <= 1
+    assert "nan" not in str(history)
+
+
+def test_a_training_without_a_fully_known_validation_says_so():
+    x, z, known = masked_events(200, 0.6)
+    model = fp.PosteriorModel(None, fp.PosteriorHead(2, MASKED, "diagonal"))
+    val = {"x": x[~known], "z": z[~known], "mask": {"b": known[~known]}}
+    history = fit(model, {"x": x, "z": z, "mask": {"b": known}}, val=val)
+    assert math.isnan(history.best.coverage68)
+    text = "coverage not known: no validation event has all labels, or a weight is negative"
+    assert text in str(history)
+    assert "nan" not in str(history)
+
+
+def test_a_bad_mask_is_named_by_its_row():
+    x, z, _ = masked_events(200, 0.6)
+    columns = torch.ones(200, 2, dtype=torch.bool)
+    columns[23, 0] = False
+    model = fp.PosteriorModel(None, fp.PosteriorHead(2, MASKED, "diagonal"))
+    with pytest.raises(ValueError, match="mask row 23 has"):
+        fit(model, {"x": x, "z": z, "mask": columns}, val=0.2)

@@ -46,7 +46,8 @@ def coverage(
         by: A property of the events (N,), to see coverage in bins of it.
         bins: Edges of those bins, or the number of quantile bins (5 by default). Bins are closed
             at the lower edge, the last one at both; events outside the edges are in none.
-        names: What the base coordinates are called, d of them.
+        names: What the base coordinates are called, d of them: `q.space.base_names` has them as
+            they stand in the flow, directions first.
 
     Raises:
         ValueError: If there are no events, a shape is wrong, a value is not finite, or a weight is

@@ -41,15 +41,20 @@ class SampledPosterior(Protocol):
         """Return draws (S, N, D) and their log q (S, N)."""
 
 
-def check_labels(posterior: Any, z: Any) -> Tensor:
-    # True labels (N, D) that fit the posterior; (N,) is D = 1.
+def matched(posterior: Any, z: Any) -> tuple[Any, Tensor]:
+    # A posterior of N events and true labels (N, D) that fit it; (N,) is D = 1. An unconditional
+    # density is that of every event.
     z = as_tensor(z, "true labels z").detach()
     z = z.to(getattr(posterior, "device", z.device))
+    rows = z.ndim == 2 or (z.ndim == 1 and posterior.event_shape == (1,))
+    if not posterior.batch_shape and rows and hasattr(posterior, "expand"):
+        posterior = posterior.expand((len(z),))
     shape = (*posterior.batch_shape, *posterior.event_shape)
     if len(shape) != 2:
         raise ValueError(
             f"Expected a posterior of batch shape (N,) and event shape (D,); got "
-            f"{tuple(posterior.batch_shape)} and {tuple(posterior.event_shape)}."
+            f"{tuple(posterior.batch_shape)} and {tuple(posterior.event_shape)}. One that is the "
+            "same for all events becomes that by q.expand((N,))."
         )
     if z.ndim == 1 and shape[1] == 1:
         z = z[:, None]
@@ -62,7 +67,7 @@ def check_labels(posterior: Any, z: Any) -> Tensor:
         raise ValueError("Expected at least one event; got none.")
     check_finite(z, "true labels z")
     space = getattr(posterior, "space", None)
-    return z if space is None else space.canonical(z)
+    return posterior, z if space is None else space.canonical(z)
 
 
 def draw_chunks(posterior: Any, draws: int) -> Iterator[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .coverage import level_coverage
-from .draws import SampledPosterior, check_labels, draw_chunks, randomised
+from .draws import SampledPosterior, draw_chunks, matched, randomised
 from .results import LevelCoverage
 
 __all__ = ["hpd_coverage", "hpd_levels"]
@@ -32,7 +32,7 @@ def hpd_levels(
     """Return the HPD credible level of each true label, and its log-density.
 
     Arguments:
-        posterior: Batch shape (N,), event shape (D,).
+        posterior: Batch shape (N,), or () for the same of all events; event shape (D,).
         z: True labels (N, D).
         draws: Posterior draws S per event; a level is known to 1/S.
         generator: Source of the draws and of the tie-breaking.
@@ -43,7 +43,7 @@ def hpd_levels(
     Raises:
         ValueError: If the shapes do not fit or a density is NaN.
     """
-    z = check_labels(posterior, z)
+    posterior, z = matched(posterior, z)
     with torch.no_grad():
         log_true = posterior.log_prob(z)
         higher = torch.zeros(len(z), dtype=torch.int64, device=log_true.device)
@@ -72,7 +72,7 @@ def hpd_coverage(
     Necessary, not sufficient, as every coverage; the NLL is reported beside it.
 
     Arguments:
-        posterior: Batch shape (N,), event shape (D,).
+        posterior: Batch shape (N,), or () for the same of all events; event shape (D,).
         z: True labels (N, D).
         draws: Posterior draws S per event.
         generator: Source of the draws and of the tie-breaking.

@@ -16,6 +16,9 @@ __all__ = ["Coverage", "LevelCoverage"]
 
 _TABLE = (0.5, 0.68, 0.9, 0.95, 0.99)
 _ALARM = 0.01
+# events expected beyond a credibility, and σ of excess and lack, that tell the shape of coverage;
+# the largest of all credibilities is often 2.5 σ by chance
+_FEWEST, _CROSSING, _NOISE = 5, 4.0, 3.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,6 +89,8 @@ class LevelCoverage:
         """
         if min(1.0, 2 * min(self.ks_pvalue, self.ad_pvalue)) >= _ALARM:
             return "consistent with the nominal coverage"
+        if min(size for _, size in _extremes(self)) > _CROSSING:
+            return _shape(self)
         excess = (self.mean_level - 0.5) * math.sqrt(12 * self.effective_count)
         if excess > 3:
             return "under-covers (too narrow or biased)"
@@ -248,10 +253,25 @@ def interpolate(cumulative: Tensor, at: Tensor) -> Tensor:
     return cumulative[..., left] * (1 - part) + cumulative[..., left + 1] * part
 
 
+def _extremes(result: LevelCoverage) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Credibility and size in σ of the largest excess of coverage, and of the largest lack."""
+    bins = len(result.cumulative) - 1
+    p = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    sigma = (p * (1 - p) / result.effective_count).sqrt()
+    # where fewer events are expected beyond p, counts are far from normal
+    inside = p * (1 - p) * result.effective_count >= _FEWEST
+    gap = torch.where(inside, (result.cumulative - p) / sigma, 0.0)
+    most, least = int(gap.argmax()), int(gap.argmin())
+    return (float(p[most]), float(gap[most])), (float(p[least]), float(-gap[least]))
+
+
 def _shape(result: LevelCoverage) -> str:
-    middle = result.coverage_at(0.75) - result.coverage_at(0.25)
+    (over, excess), (under, lack) = _extremes(result)
     if result.kind == "TARP":  # a too narrow posterior puts its levels at both ends
-        return "too narrow" if middle < 0.5 else "too wide"
-    if middle > 0.5:
-        return "under-covers at low and over-covers at high credibility (tails too heavy)"
-    return "over-covers at low and under-covers at high credibility (tails too light)"
+        return "too narrow" if over < under else "too wide"
+    if min(excess, lack) < min(_NOISE, max(excess, lack) / 2):
+        word, at = ("over", over) if excess > lack else ("under", under)
+        return f"{word}-covers around {100 * at:.3g} % credibility"
+    if over < under:
+        return "over-covers at low and under-covers at high credibility (tails too light)"
+    return "under-covers at low and over-covers at high credibility (tails too heavy)"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .draws import SampledPosterior, check_labels, draw_chunks, randomised
+from .draws import SampledPosterior, draw_chunks, matched, randomised
 from .nulls import chi2_sf, ks_uniform
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def sbc_ranks(
     """Return the rank of each true label column among the draws, ties broken at random.
 
     Arguments:
-        posterior: Batch shape (N,), event shape (D,); only `sample` is used.
+        posterior: Batch shape (N,), or () for the same of all events; event shape (D,); only
+            `sample` is used.
         z: True labels (N, D).
         draws: Posterior draws S per event.
         generator: Source of the draws and of the tie-breaking.
@@ -129,18 +130,22 @@ def sbc(
     ranked from its cut on. Necessary, not sufficient: a posterior that equals the prior passes.
 
     Arguments:
-        posterior: Batch shape (N,), event shape (D,); only `sample` is used.
+        posterior: Batch shape (N,), or () for the same of all events; event shape (D,); only
+            `sample` is used.
         z: True labels (N, D).
         draws: Posterior draws S per event.
         generator: Source of the draws and of the tie-breaking.
-        names: What the columns are called; by default z0, z1, …
+        names: What the columns are called; by default as the posterior's space has it, or z0, z1, …
 
     Raises:
         ValueError: If the shapes do not fit or a label is not finite.
     """
     ranks, levels = _ranks(posterior, z, draws, generator)
     columns = ranks.shape[1]
-    labels = tuple(names) if names is not None else tuple(f"z{j}" for j in range(columns))
+    if names is None:
+        space = getattr(posterior, "space", None)
+        names = [f"z{j}" for j in range(columns)] if space is None else space.names
+    labels = tuple(names)
     if len(labels) != columns:
         raise ValueError(f"Expected {columns} names of label columns; got {len(labels)}.")
     ks = torch.tensor([ks_uniform(levels[:, j]) for j in range(columns)], dtype=torch.float64)
@@ -158,7 +163,7 @@ def sbc(
 def _ranks(
     posterior: SampledPosterior, z: Tensor, draws: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    z = check_labels(posterior, z)
+    posterior, z = matched(posterior, z)
     less = torch.zeros(z.shape, dtype=torch.int64, device=z.device)
     ties = torch.zeros_like(less)
     with torch.no_grad():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite
-from .draws import SampledPosterior, check_labels, draw_chunks
+from .draws import SampledPosterior, draw_chunks, matched
 from .levels import nominal_levels
 
 __all__ = ["Sharpness", "sharpness"]
@@ -80,7 +80,7 @@ def sharpness(
     Holds the N·S log-densities of the draws in memory, not the draws.
 
     Arguments:
-        posterior: Batch shape (N,), event shape (D,).
+        posterior: Batch shape (N,), or () for the same of all events; event shape (D,).
         z: True labels (N, D), for the NLL.
         draws: Posterior draws S per event.
         generator: Source of the draws.
@@ -93,7 +93,8 @@ def sharpness(
     nll = error = None
     with torch.no_grad():
         if z is not None:
-            log_true = posterior.log_prob(check_labels(posterior, z)).double()
+            posterior, z = matched(posterior, z)
+            log_true = posterior.log_prob(z).double()
             check_finite(log_true, "log q of the true labels", "Are they inside the support?")
             nll, error = _mean(-log_true)
         chunks = []

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .._checks import as_tensor, check_finite, check_shape
 from .coverage import level_coverage
-from .draws import SampledPosterior, check_labels, draw_chunks, randomised
+from .draws import SampledPosterior, draw_chunks, matched, randomised
 from .results import LevelCoverage
 
 __all__ = ["tarp", "tarp_levels"]
@@ -46,7 +46,7 @@ def tarp_levels(
     Raises:
         ValueError: If the shapes do not fit or a value is not finite.
     """
-    z = check_labels(posterior, z)
+    posterior, z = matched(posterior, z)
     centre = _references(z, references, generator)
     # one event, or a constant column, has no scale of its own
     scale = z.std(dim=0, correction=0)
@@ -81,7 +81,8 @@ def tarp(
     only; given references on one side, or computed from x (not from z), make it more searching.
 
     Arguments:
-        posterior: Batch shape (N,), event shape (D,); only `sample` is used.
+        posterior: Batch shape (N,), or () for the same of all events; event shape (D,); only
+            `sample` is used.
         z: True labels (N, D).
         draws: Posterior draws S per event.
         references: Reference points (N, D); or "labels": the true label of another event, each

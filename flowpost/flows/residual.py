@@ -90,7 +90,9 @@ class ResidualFlow(nn.Module):
                 f"{warps} for {rung!r} on {space!r}."
             )
         d, spline_size = space.dof, 3 * bins - 1
-        count = check_positive_int(layers, "layers", minimum=int(not warps)) if rung == "spline" else 0
+        count = (
+            check_positive_int(layers, "layers", minimum=int(not warps)) if rung == "spline" else 0
+        )
         self.conditioners = nn.ModuleList(
             Conditioner(space, groups_of(space, coupling, bool(i % 2)), hidden, spline_size)
             for i in range(count)

@@ -12,9 +12,11 @@ from torch import Tensor
 from flowpost._checks import as_tensor, check_finite, check_positive_int
 from flowpost.plots.coverage import _COLOURS
 from flowpost.plots.regions import FEWEST, check_levels, draws_region
+from flowpost.plots.tangent import middles, offsets
 
 if TYPE_CHECKING:
     from flowpost.posterior import Posterior
+    from flowpost.spaces import Space
 
 __all__ = ["event_draws", "plot_corner"]
 
@@ -39,37 +41,38 @@ def plot_corner(
     The marginals have the median and the central 68 % interval, whose numbers stand above them. The
     first of `levels` is filled. Several posteriors overlay: pass the axes that the first call gave.
 
+    The three columns of a direction are drawn as two: offsets in degrees from the mean direction
+    of the first posterior on these axes, along azimuth (or right ascension) and altitude (or
+    declination). `SkyMap.plot_zoom` shows one on the sky.
+
     Arguments:
         posterior: A posterior of a batch (N,) of events or of one, or draws of one of shape (S, D).
         truth: The true label, of shape (D,), or of all events, (N, D).
         event: Which event of the batch.
-        names: What to call the D columns, with units if you like; by default the space's names, on
-            given axes those that are there.
+        names: What to call the D columns, with units if you like, two of each direction; by default
+            the space's names, on given axes those that are there.
         draws: Draws S.
         generator: Their source; by default one of a fixed seed.
         levels: Credible levels of the regions, in (0, 1).
-        axes: Axes of shape (D, D) to draw on; by default a new figure.
+        axes: Axes of shape (D, D) to draw on, one less of each for a direction; by default a new
+            figure.
         label: The posterior's entry in the legend.
         color: Its colour; by default the next of the palette.
 
     Returns:
-        Axes of shape (D, D); those above the diagonal are empty.
+        Axes of shape (D, D), one less of each for a direction; those above the diagonal are empty.
 
     Raises:
         ValueError: If shapes, names or levels do not fit, or there is no such event.
     """
     levels = check_levels(levels)
     z = event_draws(posterior, event, draws, generator)
+    true = None if truth is None else _truth(truth, event, z.shape[1])
+    z, true, known, about = _shown(getattr(posterior, "space", None), z, true, axes)
     size = z.shape[1]
-    space = getattr(posterior, "space", None)
-    named = _names(posterior, names, size) if axes is None or names is not None else None
-    true = None if truth is None else _truth(truth, event, size)
-    if space is not None:
-        # an angle's draws and truth on one branch
-        both = z if true is None else torch.cat([z, z.new_tensor([true])])
-        both = space.unwrap(both)
-        z, true = both[: len(z)], None if true is None else both[-1].tolist()
+    named = _names(known, names) if axes is None or names is not None else None
     grid = _corner_axes(axes, size)
+    grid[0, 0]._flowpost_about = about
     count = sum(line.get_gid() == "median" for line in grid[0, 0].lines)
     color = _COLOURS[count % len(_COLOURS)] if color is None else color
     spans = [_span(z[:, j], None if true is None else true[j]) for j in range(size)]
@@ -134,12 +137,29 @@ def _check_events(events: Sequence[int], count: int) -> list[int]:
     return [int(e) for e in events]
 
 
-def _names(posterior: Any, names: Sequence[str] | None, size: int) -> tuple[str, ...]:
+def _shown(
+    space: Space | None, z: Tensor, true: list[float] | None, axes: Any
+) -> tuple[Tensor, list[float] | None, tuple[str, ...], dict[str, Tensor]]:
+    """Draws and truth as they are drawn, the names of their columns, and the middles of directions.
+
+    An angle's draws and truth are on one branch, directions are offsets from a middle.
+    """
+    if space is None:
+        return z, true, tuple(f"z{j}" for j in range(z.shape[1])), {}
+    count = len(z)
+    both = space.unwrap(z if true is None else torch.cat([z, z.new_tensor([true])]))
+    about = middles(space, both[:count])
+    if axes is not None:
+        about |= getattr(np.asarray(axes, dtype=object).flat[0], "_flowpost_about", {})
+    both, names = offsets(space, both, about)
+    return both[:count], None if true is None else both[-1].tolist(), names, about
+
+
+def _names(known: tuple[str, ...], names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
-        space = getattr(posterior, "space", None)
-        return tuple(f"z{j}" for j in range(size)) if space is None else tuple(space.names)
-    if isinstance(names, str) or len(names) != size:
-        raise ValueError(f"Expected {size} names, one per label column; got {names!r}.")
+        return known
+    if isinstance(names, str) or len(names) != len(known):
+        raise ValueError(f"Expected {len(known)} names, one per label column; got {names!r}.")
     return tuple(names)
 
 

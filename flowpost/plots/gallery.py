@@ -50,6 +50,9 @@ def plot_gallery(
     the region of the first level in the colour of the last of `posteriors`; these rows share one
     window per event, so that regions are seen to shrink.
 
+    Two Cartesian columns of a direction make ragged islands: `SkyMap.plot_zoom` shows it on the
+    sky, `plot_corner` as offsets from its mean.
+
     Arguments:
         events: Which events of the batch, E of them.
         posteriors: By name, posteriors of the batch (N,), or their draws (S, N, D).

@@ -139,7 +139,7 @@ def _coverage(ax: Any, history: History, epoch: np.ndarray, events: int | None) 
         ax.text(
             0.5,
             0.25,
-            "no coverage recorded: labels were masked",
+            "no coverage recorded: no event had all labels",
             transform=ax.transAxes,
             ha="center",
             fontsize="small",

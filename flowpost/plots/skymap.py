@@ -36,7 +36,11 @@ _LOWEST, _RANGE = 0.95, 100  # credibility where a logarithmic scale ends, ratio
 _WIDTH = 1600  # image pixels across the whole sky
 _SMALL = 1.5  # degrees: smaller regions get a circle on the whole sky
 _PIXELS, _FIELD = 501, 60.0  # of a gnomonic field, and its widest half-width in degrees
-_NAMES = {"C": ("right ascension", "declination"), "G": ("Galactic longitude", "latitude")}
+_NAMES = {
+    "C": ("right ascension", "declination"),
+    "G": ("Galactic longitude", "latitude"),
+    "local": ("azimuth from +x to +y", "altitude"),
+}
 _UNITS = (("deg", "°", 1), ("arcmin", "′", 60), ("arcsec", "″", 3600))
 _LEGEND: dict[str, Any] = {"fontsize": "small", "framealpha": 0.8, "edgecolor": "none"}
 
@@ -60,9 +64,10 @@ def plot_skymap(
     Arguments:
         sky: The map.
         ax: Where to draw, of `projection="mollweide"`; by default a new figure.
-        truth: True direction, a unit vector (3,); the legend gives its credible level.
+        truth: True direction, a unit vector (3,) in the frame of the map: `R @ label` where that
+            was made with a rotation R. The legend gives its credible level.
         levels: Credibilities in (0, 1), at most 4.
-        center: Longitude in the middle, in degrees.
+        center: Longitude in the middle, in degrees; 180 keeps a region across 180° in one piece.
         cmap: Colour map of the density.
         colorbar: Whether to draw a colour bar.
 
@@ -112,13 +117,16 @@ def plot_zoom(
 ) -> Axes:
     """Draw the surroundings of the maximum in a gnomonic projection, east to the left.
 
-    By default the field holds that part of the largest credible region that hangs together with the
-    maximum: other modes further away than its own size are left out.
+    In a local frame the axes are along azimuth, counted from +x to +y, and altitude. By default the
+    field holds that part of the largest credible region that hangs together with the maximum, but
+    for a hundredth of its probability: other modes further away than its own size, and a few cells
+    far out, are left out.
 
     Arguments:
         sky: The map.
         ax: Where to draw; by default a new figure.
-        truth: True direction, a unit vector (3,); the legend gives its credible level.
+        truth: True direction, a unit vector (3,) in the frame of the map: `R @ label` where that
+            was made with a rotation R. The legend gives its credible level.
         levels: Credibilities in (0, 1), at most 4.
         center: Unit vector (3,) in the middle; by default that of the region.
         radius: Half-width of the field in degrees, at most 60; by default that of the region.
@@ -151,7 +159,7 @@ def plot_zoom(
     handles = _contours(ax, x, y, np.ma.array(sky.levels[cell]), steps, sky)
     handles += _star_in_plane(ax, sky, truth, frame, half)
     ax.set(xlim=(half, -half), ylim=(-half, half))
-    _offsets(ax, reach, scale, sign)
+    _offsets(ax, reach, scale, sign, sky.frame)
     place = show_direction(middle, sky.frame, max(2, int(np.ceil(-np.log10(reach))) + 2))
     ax.set_title(f"centre {place}", fontsize="medium")
     if colorbar:
@@ -202,7 +210,7 @@ def _field(sky: SkyMap, level: float, center: Any, radius: float | None) -> tupl
 def _graticule(ax: Any, center: float, frame: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
-    names = _NAMES.get(frame, ("azimuth", "altitude"))
+    names = _NAMES[frame]
     for axis, at, label in (
         (ax.xaxis, (-120, -60, 0, 60, 120), lambda x, _: f"{(center - np.degrees(x)) % 360:.0f}°"),
         (ax.yaxis, (-60, -30, 0, 30, 60), lambda y, _: _minus(f"{np.degrees(y):.0f}°")),
@@ -219,7 +227,7 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def _offsets(ax: Any, reach: float, scale: float, sign: str) -> None:
+def _offsets(ax: Any, reach: float, scale: float, sign: str, frame: str) -> None:
     """Ticks at round angles from the centre, where the tangent plane stretches them."""
     from matplotlib.ticker import MaxNLocator
 
@@ -229,7 +237,9 @@ def _offsets(ax: Any, reach: float, scale: float, sign: str) -> None:
     labels = [_minus(f"{a:g}") for a in angles]
     ax.set_xticks(at, labels)
     ax.set_yticks(at, labels)
-    ax.set(xlabel=f"offset east [{sign}]", ylabel=f"offset north [{sign}]")
+    names = ("along azimuth, from +x to +y", "along altitude")
+    across, up = names if frame == "local" else ("east", "north")
+    ax.set(xlabel=f"offset {across} [{sign}]", ylabel=f"offset {up} [{sign}]")
 
 
 def _scale(sky: SkyMap, unit: float, log: bool) -> Any:

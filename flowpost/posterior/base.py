@@ -164,9 +164,10 @@ class Posterior(Statistics, Directional, Distribution):
         try:
             shape = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         except RuntimeError as error:
+            hint = self.space._hint(x.shape[-2]) if x.shape[-1] == 1 else ""
             raise ValueError(
                 f"Expected {name} of shape (..., {', '.join(map(str, self.batch_shape))}, "
-                f"{x.shape[-1]}) for {self!r}; got {tuple(x.shape)}."
+                f"{x.shape[-1]}) for {self!r}; got {tuple(x.shape)}. {hint}".rstrip()
             ) from error
         return x.expand(*shape, x.shape[-1])
 

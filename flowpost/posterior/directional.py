@@ -92,18 +92,19 @@ class Directional:
         """
         self._direction()
         p = _levels(levels, self.device, self.dtype)
-        if about is None:
-            about = self._reduce(lambda z, _: (self.space.mean(z),), draws, generator)[0]
-        about = self.space.validate(about, "about").to(self.device)
-        about = about.expand(*self.batch_shape, 3).reshape(-1, 3)
+        if about is not None:
+            about = self.space.validate(about, "about").to(self.device)
+            about = about.expand(*self.batch_shape, 3).reshape(-1, 3)
         seen = 0
 
         def angles(z: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             nonlocal seen
-            centre = about[seen : seen + z.shape[1]].to(z)
-            seen += z.shape[1]
-            if not len(centre):
-                centre = z[0]
+            if about is None:
+                centre = self.space.mean(z)
+            else:
+                centre = about[seen : seen + z.shape[1]].to(z)
+                seen += z.shape[1]
+                centre = centre if len(centre) else z[0]
             angle = 2 * torch.atan2((z - centre).norm(dim=-1), (z + centre).norm(dim=-1))
             return (torch.quantile(angle, p.to(angle), dim=0).transpose(0, 1),)
 

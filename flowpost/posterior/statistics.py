@@ -210,6 +210,9 @@ class Statistics:
     ) -> tuple[Tensor, Tensor]:
         """Central (equal-tailed) credible interval of each column.
 
+        That of an angle is on the branch of its circular mean and may end beyond ±π: an angle z on
+        any branch is inside where `torch.remainder(z - low, 2 * torch.pi) <= high - low`.
+
         Returns:
             Lower and upper ends, each of shape (*batch_shape, D).
 

@@ -72,10 +72,11 @@ def multiorder(
     Arguments:
         posterior: Of one direction (3,) and one event, batch shape () or (1,): `q[i]`, and
             `q["direction"]` of a product.
-        frame: Frame of its labels, and of the map: "C" equatorial (ICRS), "G" Galactic, or "local",
-            of which no multi-order file is written.
+        frame: Frame of its labels, and without `rotation` of the map: "C" equatorial (ICRS), "G"
+            Galactic, or "local", of which no multi-order file is written.
         rotation: Matrix (3, 3) of determinant +1 that takes vectors of the labels' frame to
-            equatorial ones, see `detector_rotation` and `galactic_rotation`. The map is then "C".
+            equatorial ones, see `detector_rotation` and `galactic_rotation`. The map is then "C",
+            and a true label has to be rotated too before it is compared: `truth = R @ label`.
         draws: Draws S that seed the cells.
         tolerance: Estimated error of the probability of four cells that has them refined.
         max_evaluations: Where to stop refining, with a warning.
@@ -86,7 +87,7 @@ def multiorder(
 
     Raises:
         ValueError: If the posterior is not of one direction of one event, its density is NaN or
-            infinite, or an argument does not fit.
+            infinite, or an argument does not fit, such as a rotation of equatorial labels.
 
     Warns:
         UserWarning: If the integral before normalisation differs from 1 by more than 1 %, or
@@ -221,6 +222,11 @@ def _density(
         )
     if frame not in FRAMES:
         raise ValueError(f"Expected frame as one of {', '.join(FRAMES)}; got {frame!r}.")
+    if frame == "C" and rotation is not None:
+        raise ValueError(
+            'Expected a rotation of labels that are not equatorial; got one with frame="C". Leave '
+            "out frame where the labels are of a detector, or rotation where they are equatorial."
+        )
     matrix = None if rotation is None else check_rotation(rotation)
     dtype = torch.float32 if posterior.device.type == "mps" else torch.float64
 

@@ -58,7 +58,8 @@ def header_cards(name: str | None, time: Any, origin: str | None) -> Cards:
             cards["MJD-OBS"] = (float(when.mjd), "Time of the event, modified Julian date")
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"Expected time as an astropy Time; got {time!r} ({error})."
+                f"Expected time as an astropy Time; got {time!r}. A number needs its format: "
+                'astropy.time.Time(…, format="mjd").'
             ) from error
     return cards
 

@@ -112,7 +112,8 @@ def detector_rotation(
             when = times.Time(time)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"Expected time as an astropy Time; got {time!r} ({error})."
+                f"Expected time as an astropy Time; got {time!r}. A number needs its format: "
+                'astropy.time.Time(…, format="mjd").'
             ) from error
         if not when.isscalar:
             raise ValueError(f"Expected one time; got shape {when.shape}.")

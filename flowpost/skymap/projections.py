@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 _MARGIN = 1.35  # of a field, beyond its region: leaves a corner for the legend
+_STRAY = 0.01  # of a region's probability, which a field may leave out
 _MOST, _TRIED = 12, 100  # small parts, and all parts from the densest down
 
 
@@ -91,7 +92,8 @@ def field_of(
     """Centre (3,) and half-width in degrees of a field for the region of a level.
 
     Without `middle` it is that part of the region that hangs together with the maximum: sorted by
-    distance from it, up to the first gap that is wider than all before it.
+    distance from it, up to the first gap that is wider than all before it. The field holds 99 % of
+    the probability of that, so that a few cells far out do not open it.
 
     Arguments:
         sky: The map.
@@ -102,20 +104,28 @@ def field_of(
     members = sky.levels <= level
     members[sky.density.argmax()] = True
     vectors, size = sky.centres()[members], np.sqrt(sky.cell_area[members])
+    mass = sky.probability[members]
     away = _distance(vectors, sky.maximum if middle is None else middle)
     if middle is None:
         rank = away.argsort()
         gap = np.diff(away[rank]) > away[rank][:-1] + 2 * size[rank][1:]
         near = rank[: int(gap.argmax()) + 1] if gap.any() else rank
-        vectors, size = vectors[near], size[near]
-        mean = (vectors * sky.probability[members][near, None]).sum(0)
+        vectors, size, mass = vectors[near], size[near], mass[near]
+        mean = (vectors * mass[:, None]).sum(0)
         length = np.linalg.norm(mean)
         middle = mean / length if length > 0 else sky.maximum
         away = _distance(vectors, middle)
-        if (away + size).max() * _MARGIN > np.radians(widest):
+        if _extent(away + size, mass) * _MARGIN > widest:
             middle = sky.maximum
-    reach = _MARGIN * float(np.degrees((away + size).max()))
-    return middle, min(reach, widest)
+    return middle, min(_MARGIN * _extent(away + size, mass), widest)
+
+
+def _extent(away: np.ndarray, mass: np.ndarray) -> float:
+    """Degrees within which all but a hundredth of the mass lies, of cells that reach so far."""
+    rank = away.argsort()
+    held = mass[rank].cumsum()
+    inside = np.searchsorted(held, (1 - _STRAY) * held[-1])
+    return float(np.degrees(away[rank][min(inside, len(rank) - 1)]))
 
 
 def small_parts(sky: SkyMap, level: float, size: float) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,7 +149,8 @@ class SkyMap:
         at most half of that cell and vanishes on average.
 
         Arguments:
-            direction: Unit vector (3,) or several (N, 3), in the frame of the map.
+            direction: Unit vector (3,) or several (N, 3), in the frame of the map: where that was
+                made with a rotation R, the labels rotated too, `R @ label` or `labels @ R.T`.
 
         Returns:
             A float, or an array (N,).
@@ -163,7 +165,8 @@ class SkyMap:
         """Probability of all that is denser than the sky at a true direction, in [0, 1].
 
         It is the credible level at which the region reaches that direction: uniform over events
-        where the posterior is calibrated. Arguments, returns and halves as of `searched_area`.
+        where the posterior is calibrated. Arguments (directions in the frame of the map, so
+        `R @ label` after a rotation), returns and halves as of `searched_area`.
         """
         found = self.levels[self.cell_at(direction)]
         return found if found.ndim else float(found)
@@ -175,7 +178,8 @@ class SkyMap:
         inside a cell of the map; from there the centre decides.
 
         Arguments:
-            direction: Axis of the cone, a unit vector (3,) or several (N, 3), in the map's frame.
+            direction: Axis of the cone, a unit vector (3,) or several (N, 3), in the map's frame:
+                equatorial where that was made with a rotation.
             radius: Opening half-angle in degrees, in [0, 180].
 
         Returns:
@@ -240,7 +244,7 @@ class SkyMap:
         origin: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Write the map as FITS: multi-order, or with `nside` flat.
+        """Write the map as FITS: multi-order, or flat with `nside` or where the map is flat.
 
         A multi-order file holds UNIQ and PROBDENSITY per steradian, as ligo.skymap, mhealpy,
         astropy-healpix and Aladin read it; it is equatorial by convention. A flat file holds PROB
@@ -248,7 +252,8 @@ class SkyMap:
 
         Arguments:
             path: Where to; `*.multiorder.fits` and `*.fits` are usual, with `.gz` compressed.
-            nside: Of a flat file, a power of two; by default the file is multi-order.
+            nside: Of a flat file, a power of two. By default the file is multi-order, but flat
+                where all cells are of one size and the name has no `.multiorder`.
             nest: Whether the flat file is in nested order.
             name: Of the event, OBJECT.
             time: Of the event, DATE-OBS and MJD-OBS: an astropy Time or what it takes (UTC).
@@ -260,6 +265,9 @@ class SkyMap:
             FileExistsError: If there is a file and `overwrite` is not set.
         """
         cards = fits.header_cards(name, time, origin)
+        even = self.order.min() == self.order.max()
+        if nside is None and even and ".multiorder" not in Path(path).name:
+            nside = 1 << int(self.order[0])
         if nside is not None:
             values = self.rasterize(nside, nest=nest)
             fits.write_flat(path, values, nest, self.frame, cards, overwrite)
@@ -273,13 +281,19 @@ class SkyMap:
         fits.write_multiorder(path, self.order, self.pixel, self.density, cards, overwrite)
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
-        """Draw the whole sky; options as of `flowpost.plots.plot_skymap`."""
+        """Draw the whole sky; options as of `flowpost.plots.plot_skymap`.
+
+        A `truth` is in the frame of the map: `R @ label` after a rotation.
+        """
         from flowpost.plots.skymap import plot_skymap
 
         return plot_skymap(self, ax, **options)
 
     def plot_zoom(self, ax: Axes | None = None, **options: Any) -> Axes:
-        """Draw the surroundings of the maximum; options as of `flowpost.plots.plot_zoom`."""
+        """Draw the surroundings of the maximum; options as of `flowpost.plots.plot_zoom`.
+
+        A `truth` is in the frame of the map: `R @ label` after a rotation.
+        """
         from flowpost.plots.skymap import plot_zoom
 
         return plot_zoom(self, ax, **options)

@@ -39,6 +39,13 @@ __all__ = [
 ]
 
 
+_GUESS = "Every event needs a first guess: give those without one a plain one, such as the mean."
+_CORRECT = (
+    "Correct or remove such events, give a missing column a mask, or set `clip` where a bound may "
+    "be touched."
+)
+
+
 class Scale(NamedTuple):
     """Whitening of a chart: label unit, location and scale, each of shape (d,)."""
 
@@ -158,6 +165,15 @@ class Space(ABC):
         return indexed("z", self.label_size)
 
     @property
+    def base_names(self) -> tuple[str, ...]:
+        """Name of each base coordinate, in the order of the flow, as `coverage` takes them.
+
+        A block's coordinates are called as its columns, but those of a direction, which has two of
+        three columns, `name.u0` and `name.u1`, and of a space that is no product u0, u1, …
+        """
+        return tuple(name for b in self.blocks for name in _base_names(b))
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """The leaves in the order of the flow."""
         return (Block("", self, slice(0, self.label_size), slice(0, self.dof)),)
@@ -246,6 +262,14 @@ class Space(ABC):
     def _requirement(self) -> str:
         """What a label must fulfil, for errors."""
 
+    def _remedy(self) -> str:
+        """What to do about a finite label that is refused, for errors; empty for the usual."""
+        return ""
+
+    def _hint(self, columns: int) -> str:
+        """What labels of so many columns may be meant as, for errors."""
+        return ""
+
     def _inside(self, z: Tensor) -> Tensor:
         """Whether each label column is inside, of shape (..., D)."""
         return torch.isfinite(z)
@@ -283,9 +307,10 @@ class Space(ABC):
         """
         z = as_tensor(z, name)
         if z.ndim == 0 or z.shape[-1] != self.label_size:
+            hint = self._hint(z.shape[-1]) if z.ndim else ""
             raise ValueError(
                 f"Expected {name} of shape (..., {self.label_size}) for {self!r}; got "
-                f"{tuple(z.shape)}. Its columns are {', '.join(self.names)}."
+                f"{tuple(z.shape)}. Its columns are {', '.join(self.names)}. {hint}".rstrip()
             )
         clipped = self._clip(z)
         inside = self._inside(clipped)
@@ -299,20 +324,17 @@ class Space(ABC):
         where = f"row {', '.join(map(str, rows))}, column {self.names[column]!r}"
         leaf = next(b for b in self.blocks if b.columns.start <= column < b.columns.stop)
         value = z[(*rows, column)].item()
-        remedy = (
-            "Every event needs a first guess: give those without one a plain one, such as the mean."
-            if name.startswith("reference")
-            else "Correct or remove such events, give a missing column a mask, or set `clip` where "
-            "a bound may be touched."
-        )
         finite = math.isfinite(value)
+        remedy = leaf.space._remedy() if finite else ""
+        if not remedy:
+            remedy = _GUESS if name.startswith("reference") else _CORRECT
         need = leaf.space._requirement() if finite else "finite labels"
         found = (
             leaf.space._describe(z[tuple(rows)][leaf.columns], value) if finite else f"{value:g}"
         )
         raise ValueError(
-            f"Expected {need}; got {found} in {name}, {where} ({len(bad)} such of "
-            f"{inside.numel()}). {remedy}"
+            f"Expected {need}; got {found} in {name}, {where} ({int((~inside).any(-1).sum())} such "
+            f"of {inside[..., 0].numel()} events). {remedy}"
         )
 
     def _describe(self, z: Tensor, value: float) -> str:
@@ -358,6 +380,15 @@ def space_from_config(config: Mapping[str, Any]) -> Space:
         return _REGISTRY[kind]._build(options)
     except TypeError as error:
         raise ValueError(f"Expected the options of a {kind}; got {options}.") from error
+
+
+def _base_names(block: Block) -> tuple[str, ...]:
+    dof = block.space.dof
+    if not block.name:
+        return tuple(f"u{i}" for i in range(dof))
+    if dof in (1, block.space.label_size):
+        return indexed(block.name, dof)
+    return tuple(f"{block.name}.u{i}" for i in range(dof))
 
 
 def indexed(name: str, size: int) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ Both are smooth maps of the circle onto itself, so there is no seam.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from .._normal import ndtr
 from .base import Placement, Scale, Space
-from .sphere import FAR, NEAR, unit_columns, unit_vectors, within_tolerance
+from .sphere import FAR, NEAR, NORMALISE, unit_columns, unit_vectors, within_tolerance
 
 __all__ = ["Circle"]
 
 _SMALLEST_SIGMA, _SMALLEST_PRECISION = 0.3, 1e-3
 # how sharply σ turns over at its bound
 _SHARP = 4.0
+_FULL_TURN = 2 * math.pi * 1.01
 _SQRT_2, _INV_SQRT_2PI = math.sqrt(2), 1 / math.sqrt(2 * math.pi)
 
 
@@ -42,13 +44,21 @@ class Circle(Space):
         >>> q = fp.PosteriorHead(16, fp.Circle())(torch.zeros(5, 16))
         >>> q.sample((100,)).shape
         torch.Size([100, 5, 1])
+
+    Ends of intervals lie on the branch of the posterior's circular mean. An angle z on any branch
+    is inside where it is no further counter-clockwise from the lower end than the upper one:
+
+        >>> low, high = q.interval(0.9)
+        >>> inside = torch.remainder(torch.zeros(5, 1) - low, 2 * torch.pi) <= high - low
+        >>> inside.shape
+        torch.Size([5, 1])
     """
 
     dof, compact = 1, True
     location_size, width_size = 2, 2
     feature_size = 2
 
-    def __init__(self, vector: bool = False) -> None:
+    def __init__(self, *, vector: bool = False) -> None:
         self.vector = bool(vector)
         self.label_size = 2 if self.vector else 1
 
@@ -168,8 +178,14 @@ class Circle(Space):
     def fit_scale(
         self, z: Tensor, weight: Tensor | None = None, reference: Tensor | None = None
     ) -> Scale:
-        """Mean angle, and the width of a head without context."""
+        """Mean angle, and the width of a head without context.
+
+        Warns:
+            UserWarning: If most angles are beyond ±2π, as in degrees.
+        """
         angle = self._angle(z.double())
+        if not self.vector:
+            _warn_of_degrees(angle)
         if reference is not None:
             angle = angle - self._angle(reference.double())
         w = torch.ones_like(angle) if weight is None else weight.to(angle)
@@ -199,11 +215,30 @@ class Circle(Space):
             return "unit vectors (cos, sin) as labels of Circle, of a length within 1e-3 of 1"
         return "finite angles in radians"
 
+    def _remedy(self) -> str:
+        return NORMALISE if self.vector else ""
+
+    def _hint(self, columns: int) -> str:
+        if self.vector:
+            return "Circle() takes angles in radians." if columns == 1 else ""
+        return "Circle(vector=True) takes unit vectors (cos, sin)." if columns == 2 else ""
+
     def _describe(self, z: Tensor, value: float) -> str:
         return f"{z.tolist()} of length {float(z.norm()):g}"
 
     def __repr__(self) -> str:
         return "Circle(vector=True)" if self.vector else "Circle()"
+
+
+def _warn_of_degrees(angle: Tensor) -> None:
+    size = angle.abs()
+    if float((size > _FULL_TURN).double().mean()) > 0.5:
+        warnings.warn(
+            f"Expected angles in radians; got labels of Circle of which most are beyond 2π (median "
+            f"size {float(size.median()):.4g}). If they are degrees, use torch.deg2rad(z); angles "
+            "on other branches mean the same modulo 2π.",
+            stacklevel=2,
+        )
 
 
 def _wrap(angle: Tensor) -> Tensor:

@@ -125,14 +125,18 @@ class Product(Space):
                 if space.label_size == 1 and (bare or part.shape[-1] != 1):
                     part = part.unsqueeze(-1)
             if part.shape[-1] != space.label_size:
+                hint = space._hint(part.shape[-1])
                 raise ValueError(
                     f"Expected {name} of shape (..., {space.label_size}) for {space!r}; got "
-                    f"{tuple(part.shape)}."
+                    f"{tuple(part.shape)}. {hint}".rstrip()
                 )
             if parts and part.shape[:-1] != parts[0].shape[:-1]:
+                first = next(iter(self.spaces))
+                pair = {n: _as_given(p) for n, p in ((name, part), (first, parts[0]))}
+                hints = (self.spaces[n]._hint(s[-1]) for n, s in pair.items() if s)
                 raise ValueError(
-                    f"Expected as many labels of every name; got {name} of shape "
-                    f"{tuple(part.shape)} beside {tuple(parts[0].shape)}."
+                    f"Expected as many labels of every name; got {name} of shape {pair[name]} "
+                    f"beside {first} of {pair[first]}. {next(filter(None, hints), '')}".rstrip()
                 )
             parts.append(part)
         return torch.cat(parts, dim=-1)
@@ -233,5 +237,15 @@ class Product(Space):
     def _requirement(self) -> str:
         return "labels of " + repr(self)
 
+    def _hint(self, columns: int) -> str:
+        extra = columns - self.label_size
+        hints = (b.space._hint(b.space.label_size + extra) for b in self.blocks)
+        return next(filter(None, hints), "")
+
     def __repr__(self) -> str:
         return "Product(" + ", ".join(f"{k}={s!r}" for k, s in self.spaces.items()) + ")"
+
+
+def _as_given(part: Tensor) -> tuple[int, ...]:
+    """Shape of labels, without the axis of a single column."""
+    return tuple(part.shape[:-1] if part.shape[-1] == 1 else part.shape)

@@ -33,6 +33,8 @@ _SHARP = 4.0
 # where splines end, and between which a base coordinate tells others ever less
 BOUND, NEAR, FAR = 5.0, 4.0, 5.0
 _TINY = 1e-30
+NORMALISE = "Normalise them: torch.nn.functional.normalize(v, dim=-1)."
+ANGLES = "flowpost.directions.from_ra_dec and from_zenith_azimuth make vectors (x, y, z) of angles."
 # no spline of single coordinates reaches beyond this radius, where 0.1 % of the base lie and the
 # radial one acts alone; the disc within is the plane of the splines, alike but close to the rim
 _RIM, _STEEP, _OUTSIDE = 3.7, 8, 1e3
@@ -230,6 +232,12 @@ class Sphere(Space):
 
     def _requirement(self) -> str:
         return "unit vectors (x, y, z) as labels of Sphere, of a length within 1e-3 of 1"
+
+    def _remedy(self) -> str:
+        return NORMALISE
+
+    def _hint(self, columns: int) -> str:
+        return ANGLES if columns == 2 else ""
 
     def _describe(self, z: Tensor, value: float) -> str:
         return f"{z.tolist()} of length {float(z.norm()):g}"

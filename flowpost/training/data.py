@@ -13,15 +13,27 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, random_split
 
-from .._checks import as_tensor
+from .._checks import as_tensor, check_finite
+from ..encoders import Encoder
+from ..head import PosteriorModel
+from ..masks import known_coordinates, read_mask
 
-__all__ = ["Batch", "chosen", "loader", "sample_of", "split", "to_batch"]
+__all__ = [
+    "Batch",
+    "apply",
+    "check_events",
+    "chosen",
+    "loader",
+    "sample_of",
+    "split",
+    "to_batch",
+]
 
 _SCALE_EVENTS = 50_000
 _FORMS = (
     "Give labels alone (context=0), a tuple (x, z), (x, z, weight) or (x, z, weight, mask), or a "
-    "dict with keys x, z, weight, mask, reference; x and reference may be dicts of tensors, x a "
-    "tuple."
+    "dict with keys x, z, weight, mask, reference; x, mask and reference may be dicts of tensors, "
+    "x a tuple."
 )
 
 
@@ -182,6 +194,40 @@ def split(data: Any, val: Any, seed: int) -> tuple[Any, Any]:
     return part[0], part[1]
 
 
+def check_events(model: PosteriorModel, train: Any) -> None:
+    """Refuse events before they are divided and shuffled, for the error names their row."""
+    if isinstance(train, (Dataset, DataLoader)):
+        return
+    head, batch = model.head, to_batch(train)
+    z, known = head._columns(as_tensor(batch.z, "labels")), None
+    if batch.mask is None:
+        head.space.validate(z)
+    else:
+        known = read_mask(head.space, batch.mask, z)
+        known_coordinates(head.space, known)
+    if batch.reference is not None:
+        head._reference(batch.reference, 2, known)
+    _check_inputs(model.encoder, batch.x)
+
+
+def _check_inputs(encoder: Any, x: Any) -> None:
+    """Refuse inputs that are not finite; networks of others may take them."""
+    if encoder is None and x is not None:
+        check_finite(as_tensor(x, "x"), "x", "Correct or remove such events.")
+    elif isinstance(encoder, Encoder):
+        apply(encoder.check, x)
+
+
+def apply(function: Callable[..., Any], x: Any) -> None:
+    """Call a function with inputs as an encoder takes them."""
+    if isinstance(x, dict):
+        function(**x)
+    elif isinstance(x, (tuple, list)) and not hasattr(x, "batch_sizes"):
+        function(*x)
+    else:
+        function(x)
+
+
 def _nested(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return not all(isinstance(v, Number) for v in value)
@@ -256,13 +302,10 @@ def sample_of(data: Any, batches: DataLoader) -> Batch:
     weights = None
     if found[0].weight is not None:
         weights = torch.cat([as_tensor(b.weight, "weight") for b in found])
-    mask = None
-    if found[0].mask is not None:
-        mask = torch.cat([torch.as_tensor(b.mask) for b in found])
     inputs, sizes = found[0].x, [len(b.z) for b in found]
     if len(found) > 1:
         # a form that only the encoder knows stays its first batch
         with suppress(RuntimeError, TypeError, ValueError):
             inputs = _joined([b.x for b in found], sizes)
-    reference = _joined([b.reference for b in found], sizes)
+    mask, reference = (_joined([b[k] for b in found], sizes) for k in (3, 4))
     return Batch(inputs, labels, weights, mask, reference)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from .._checks import as_tensor, check_positive_int, require
+from .._checks import check_positive_int, require
 from ..head import PosteriorHead, PosteriorModel
-from .data import Batch, EpochBatches, chosen, loader, sample_of, split, to_batch
+from ..masks import read_mask
+from .data import Batch, EpochBatches, apply, check_events, chosen, loader, sample_of, split
 from .history import Epoch, History
 from .module import Schedule, module_class, one_cycle
 
@@ -64,8 +65,8 @@ def fit(
         train: Tensors `(x, z)`, `(x, z, weight)` or `(x, z, weight, mask)`, labels alone for an
             unconditional density, a dict of those names and `reference`, a `Dataset` or a
             `DataLoader` of such events. x has shape (N, …) and may be a tuple or dict of tensors,
-            the arguments of the encoder; z has shape (N, D), weight (N,), mask (N, D), reference
-            (N, D) or a dict by block.
+            the arguments of the encoder; z has shape (N, D), weight (N,), mask and reference (N, D)
+            or a dict by block.
         val: A fraction of the events, or data as `train`.
         epochs: Passes over the training part.
         batch_size: Events of a step; a `DataLoader` has its own.
@@ -111,7 +112,7 @@ def fit(
             "ModelCheckpoint."
         )
     wanted = _snapshots(snapshots, epochs if trainer is None else None)
-    _check_labels(model.head, train)
+    check_events(model, train)
     check_positive_int(batch_size, "batch_size")
     train, val = split(train, val, seed)
     batches = loader(train, batch_size, seed, shuffle=True, workers=workers)
@@ -246,19 +247,6 @@ def _snapshots(epochs: Any, last: int | None) -> frozenset[int]:
     return wanted
 
 
-def _check_labels(head: PosteriorHead, train: Any) -> None:
-    """Refuse labels before they are divided and shuffled, for the error names their row."""
-    if isinstance(train, (Dataset, DataLoader)):
-        return
-    batch = to_batch(train)
-    z = head._columns(as_tensor(batch.z, "labels"))
-    if batch.mask is None:
-        head.space.validate(z)
-    if batch.reference is not None:
-        known = None if batch.mask is None else torch.as_tensor(batch.mask).reshape(z.shape)
-        head._reference(batch.reference, 2, known)
-
-
 def _train_mode(model: PosteriorModel) -> None:
     """Training mode, but for modules whose parameters are all frozen: they stay as they are."""
     frozen = [
@@ -294,7 +282,7 @@ def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
         z, weight, reference = batch.z, batch.weight, batch.reference
         if batch.mask is not None:
             # whiten a column by the events that have it
-            known = torch.as_tensor(batch.mask).reshape(len(z), -1).all(-1)
+            known = read_mask(model.head.space, batch.mask, model.head._columns(z)).all(-1)
             if not bool(known.any()):
                 raise ValueError(
                     "Expected at least one event with all labels; every one is masked."
@@ -303,13 +291,7 @@ def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
             reference = chosen(reference, known)
         model.head.fit_scale(z, weight, reference)
     if wanted:
-        x = batch.x
-        if isinstance(x, dict):
-            encoder.fit_scale(**x)  # type: ignore[union-attr, operator]
-        elif isinstance(x, (tuple, list)) and not hasattr(x, "batch_sizes"):
-            encoder.fit_scale(*x)  # type: ignore[union-attr, operator]
-        else:
-            encoder.fit_scale(x)  # type: ignore[union-attr, operator]
+        apply(encoder.fit_scale, batch.x)  # type: ignore[union-attr, arg-type]
 
 
 def _trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -23,7 +24,8 @@ class Epoch:
         epoch: Count from 1.
         train_nll: Mean −ln q over the training batches as they were seen, in nats.
         val_nll: Mean −ln q of the validation events, in nats.
-        coverage50: Share of validation events within the base-ordered 50 % region.
+        coverage50: Share of the validation events that have all labels within the base-ordered
+            50 % region; NaN where none has, or a weight is negative.
         coverage68: Within the 68.27 % region.
         coverage90: Within the 90 % region.
         ks_pvalue: Kolmogorov–Smirnov p-value of the base χ² of the validation events.
@@ -78,8 +80,7 @@ class History:
         end = "stopped early" if self.stopped_early else "complete"
         return (
             f"{len(self.epochs)} epochs in {self.epochs[-1].seconds:.1f} s, {end}; kept epoch "
-            f"{b.epoch}: validation NLL {b.val_nll:.4f} nats, coverage {100 * b.coverage68:.1f} % "
-            f"of 68.3 %, {100 * b.coverage90:.1f} % of 90 %, KS p = {b.ks_pvalue:.3g}"
+            f"{b.epoch}: validation NLL {b.val_nll:.4f} nats, {_covered(b)}"
             + (f"\n{advice}" if advice else "")
         )
 
@@ -103,3 +104,12 @@ class History:
         from ..plots import plot_history
 
         return plot_history(self, ax)
+
+
+def _covered(epoch: Epoch) -> str:
+    if math.isnan(epoch.coverage68):
+        return "coverage not known: no validation event has all labels, or a weight is negative"
+    return (
+        f"coverage {100 * epoch.coverage68:.1f} % of 68.3 %, {100 * epoch.coverage90:.1f} % of "
+        f"90 %, KS p = {epoch.ks_pvalue:.3g}"
+    )

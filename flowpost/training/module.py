@@ -211,23 +211,24 @@ def module_class() -> type:
             self._swap()
 
         def validation_step(self, data: Any, index: int) -> None:
-            """Log density and base coordinates; events with missing labels have none."""
+            """Log density, and base coordinates of the events that have all labels."""
             batch = to_batch(data)
-            context, u = self.model.encode(batch.x), None
+            context, whole = self.model.encode(batch.x), None
             if batch.mask is None:
                 u, log_prob = self.model.head.to_base_and_log_prob(
                     context, batch.z, reference=batch.reference
                 )
             else:
-                log_prob = self.model.head.log_prob(
-                    context, batch.z, batch.mask, reference=batch.reference
+                u, log_prob, whole = self.model.head._masked(
+                    context, batch.z, batch.mask, batch.reference
                 )
             weight = torch.ones_like(log_prob)
             if batch.weight is not None:
                 weight = check_weights(batch.weight, log_prob, self.signed_weights)
             self._add("val", log_prob, weight)
-            if u is not None:
-                self._base.append((u.detach().cpu(), weight.detach().cpu()))
+            if whole is not None:
+                u, weight = u[whole], weight[whole]
+            self._base.append((u.detach().cpu(), weight.detach().cpu()))
 
         def on_validation_epoch_end(self) -> None:
             """Log the validation and keep the weights if it is the best so far."""
@@ -274,10 +275,10 @@ def module_class() -> type:
             self._swap()
 
         def _coverage(self) -> LevelCoverage | None:
-            if not self._base:
-                return None
             u, weight = (torch.cat(parts) for parts in zip(*self._base, strict=True))
             if not bool(torch.isfinite(u).all()) or bool((weight < 0).any()):
+                return None
+            if not bool((weight > 0).any()):
                 return None
             return level_coverage(chi2_level(u.double()), weight=weight)
 
