@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import anomalies
 from .directions import Directions, DirectionsPosterior
 from .linear_gaussian import LinearGaussian
 from .posteriors import Crescents, FourModes, NoisyIdentity, Ring, WidthMixture
@@ -23,4 +24,5 @@ __all__ = [
     "TelescopeEvents",
     "TelescopePosterior",
     "WidthMixture",
+    "anomalies",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .model import Telescope, TelescopeEvents
+from .events import TelescopeEvents
+from .model import Telescope
 from .posterior import TelescopePosterior
 
 __all__ = ["Telescope", "TelescopeEvents", "TelescopePosterior"]

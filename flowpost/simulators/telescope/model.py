@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ..._checks import check_positive_int
+from .._nuisance import check_nuisance, telescope_nuisances
 from .._random import resolve_generator
+from .checks import check_labels
+from .events import TelescopeEvents, draw_events
 from .posterior import TelescopePosterior, integrate
 from .response import Response
 
-__all__ = ["Telescope", "TelescopeEvents"]
-
-_CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class TelescopeEvents:
-    """Simulated events. The image of an event is the histogram of its hits.
-
-    Attributes:
-        z: Position (x, y) in metres and energy in TeV, shape (N, 3).
-        angle: Direction angle in radians, in [−π, π), shape (N,).
-        images: Photon counts per time bin and sensor, shape (N, T, H, W), floating.
-        hits: Sensor x, sensor y (metres) and time (ns), in time order, padded with zeros, shape
-            (N, M, 3).
-        lengths: The number of hits, shape (N,), int64.
-    """
-
-    z: Tensor
-    angle: Tensor
-    images: Tensor
-    hits: Tensor
-    lengths: Tensor
-
-    def __len__(self) -> int:
-        return len(self.z)
-
-    def __getitem__(self, index: slice | Tensor) -> TelescopeEvents:
-        """Return a selection of events (a slice, a mask or indices)."""
-        return TelescopeEvents(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
-
-    def to(self, *args: Any, **kwargs: Any) -> TelescopeEvents:
-        """Return the events with every tensor moved as by `torch.Tensor.to` (lengths stay int)."""
-        moved = {n: getattr(self, n).to(*args, **kwargs) for n in self.__dataclass_fields__}
-        moved["lengths"] = moved["lengths"].long()
-        return TelescopeEvents(**moved)
-
-    def __repr__(self) -> str:
-        return (
-            f"TelescopeEvents(N={len(self)}, images={tuple(self.images.shape[1:])}, "
-            f"hits up to {self.hits.shape[1]}, mean {self.lengths.double().mean():.1f})"
-        )
+__all__ = ["Telescope"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +29,9 @@ class Telescope(Response):
     The labels are position and energy, z = (x, y, energy). The direction angle is a nuisance: it
     is returned with the events, and summed over in the true posterior. Positions are uniform in
     [−box, box]², energies uniform in the logarithm within `energy_range`, angles uniform.
+
+    Light yield, scattering and noise can differ from event to event (`nuisances`). The true
+    posterior is that of the nominal response.
 
     Example:
         >>> telescope = Telescope()
@@ -96,8 +62,27 @@ class Telescope(Response):
         z = torch.cat([self.box * (2 * uniform[:, :2] - 1), energy], 1)
         return z, math.pi * (2 * uniform[:, 3] - 1)
 
+    @staticmethod
+    def nuisances() -> dict[str, tuple[Distribution, float]]:
+        """Return priors and nominal values of the nuisances, by name.
+
+        They are factors on the response of an event, 1 for the nominal one:
+
+        - "light_yield": y, with A → y·A; normal, 1 ± 0.10.
+        - "scattering": s, the amount of scattering per metre, with τ₁ → s·τ₁ and ℓ → ℓ/√s; normal,
+          1 ± 0.15.
+        - "noise": β, with b → β·b; uniform between 1 and 3.
+
+        The symbols are those of `Response`.
+        """
+        return telescope_nuisances()
+
     def sample(
-        self, n: int, generator: torch.Generator | None = None, seed: int | None = None
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        nuisance: Mapping[str, Any] | None = None,
     ) -> TelescopeEvents:
         """Draw events from the prior.
 
@@ -105,15 +90,18 @@ class Telescope(Response):
             n: N, the number of events.
             generator: The source of randomness; events lie on its device.
             seed: A seed, in place of a generator.
+            nuisance: Factors on "light_yield", "scattering" and "noise", each a number or of shape
+                (N,); 1 where left out.
 
         Returns:
             The events, in torch's default dtype.
 
         Raises:
-            ValueError: If `n` is no positive whole number, or both `generator` and `seed` are set.
+            ValueError: If `n` is no positive whole number, both `generator` and `seed` are set, or
+                a factor has another shape or is not positive.
         """
         generator = resolve_generator(generator, seed)
-        return self.simulate(*self.sample_prior(n, generator), generator=generator)
+        return self.simulate(*self.sample_prior(n, generator), generator, nuisance=nuisance)
 
     def simulate(
         self,
@@ -121,6 +109,7 @@ class Telescope(Response):
         angle: Tensor,
         generator: torch.Generator | None = None,
         seed: int | None = None,
+        nuisance: Mapping[str, Any] | None = None,
     ) -> TelescopeEvents:
         """Simulate events of given labels.
 
@@ -129,31 +118,22 @@ class Telescope(Response):
             angle: Direction angles in radians, shape (N,).
             generator: The source of randomness, on the device of `z`.
             seed: A seed, in place of a generator.
+            nuisance: Factors on "light_yield", "scattering" and "noise", each a number or of shape
+                (N,); 1 where left out.
 
         Returns:
             The events, in the dtype of `z`.
 
         Raises:
-            ValueError: If shapes differ from these, an energy is not positive, or both `generator`
-                and `seed` are set.
+            ValueError: If shapes differ from these, an energy or a factor is not positive, or both
+                `generator` and `seed` are set.
         """
-        z, angle = self._check_labels(z, angle)
+        z, angle = check_labels(z, angle)
         if not len(z):
             raise ValueError("Expected at least one row in z; got none. Give labels to simulate.")
         generator = resolve_generator(generator, seed)
-        images = z.new_zeros(len(z), *self.image_shape)
-        lengths = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        flat = []
-        for start in range(0, len(z), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            event, sensor, time = self._draw_hits(z[rows], angle[rows], generator)
-            images[rows] = self._histogram(event, sensor, time, len(z[rows]))
-            lengths[rows] = torch.bincount(event, minlength=len(z[rows]))
-            flat.append(torch.cat([self.sensors.to(z)[sensor], time[:, None]], 1))
-        longest = max(1, int(lengths.max()))
-        hits = z.new_zeros(len(z), longest, 3)
-        hits[torch.arange(longest, device=z.device) < lengths[:, None]] = torch.cat(flat)
-        return TelescopeEvents(z, angle, images, hits, lengths)
+        seen = draw_events(self, z, angle, check_nuisance(nuisance, z), generator)
+        return TelescopeEvents(z, angle, *seen)
 
     def true_posterior_images(self, images: Tensor, resolution: int = 1) -> TelescopePosterior:
         """Return the exact posterior of position and energy given images, on adaptive grids.
@@ -168,7 +148,7 @@ class Telescope(Response):
         Raises:
             ValueError: If `images` has another shape or are no counts.
         """
-        images = self._check_images(images)
+        images = self.check_images(images)
         channels = [self.image_channels(image) for image in images]
         return integrate(self, channels, check_positive_int(resolution, "resolution"))
 
@@ -188,46 +168,7 @@ class Telescope(Response):
         Raises:
             ValueError: If shapes differ from these or a hit is at no sensor or outside the times.
         """
-        hits, lengths = self._check_hits(hits, lengths)
+        hits, lengths = self.check_hits(hits, lengths)
         pairs: Iterator[tuple[Tensor, int]] = zip(hits, lengths.tolist(), strict=True)
         channels = [self.hit_channels(event[:length]) for event, length in pairs]
         return integrate(self, channels, check_positive_int(resolution, "resolution"))
-
-    def _draw_hits(
-        self, z: Tensor, angle: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return event, sensor and time of all hits, shape (hits,), by event and time."""
-        offset = self.sensors.to(z) - z[:, None, :2]
-        distance = self.distance(offset)
-        expected = z[:, 2, None] * self.brightness(offset, distance, angle[:, None])
-        signal = torch.poisson(expected, generator=generator).long().flatten()
-        first, last = self.time_edges[0], self.time_edges[-1]
-        noise = torch.full_like(expected, self.noise * (last - first))
-        dark = torch.poisson(noise, generator=generator).long().flatten()
-
-        pixel = torch.arange(expected.numel(), device=z.device)
-        lit, unlit = pixel.repeat_interleave(signal), pixel.repeat_interleave(dark)
-        uniform = torch.rand(
-            len(lit) + len(unlit), generator=generator, dtype=z.dtype, device=z.device
-        ).clamp(min=torch.finfo(z.dtype).tiny, max=1 - torch.finfo(z.dtype).eps)
-        path = distance.flatten()[lit]
-        gumbel = -(-uniform[: len(lit)].log()).log()
-        spread = self.time_spread + self.time_spread_growth * path
-        time = torch.cat(
-            [path / self.speed + spread * gumbel, first + (last - first) * uniform[len(lit) :]]
-        )
-        pixel = torch.cat([lit, unlit])
-        kept = (time > first) & (time < last)
-        pixel, time = pixel[kept], time[kept]
-        order = time.argsort()
-        order = order[(pixel[order] // len(self.sensors)).argsort(stable=True)]
-        pixel, time = pixel[order], time[order]
-        return pixel // len(self.sensors), pixel % len(self.sensors), time
-
-    def _histogram(self, event: Tensor, sensor: Tensor, time: Tensor, n: int) -> Tensor:
-        """Return the counts of n events per time bin and sensor, shape (n, T, H, W)."""
-        bins, rows, columns = self.image_shape
-        edges = torch.tensor(self.time_edges[1:-1], dtype=time.dtype, device=time.device)
-        index = (event * bins + torch.bucketize(time, edges)) * rows * columns + sensor
-        counts = torch.bincount(index, minlength=n * bins * rows * columns)
-        return counts.reshape(n, bins, rows, columns).to(time.dtype)

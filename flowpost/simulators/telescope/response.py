@@ -26,10 +26,23 @@ and the two views of one event agree: the image is the histogram of the hits. Th
     \ln p(\mathrm{hits}|z) = \sum_j \ln \lambda_{s_j}(t_j) - \sum_{sk} \mu_{sk}
 
 (the second one per nanosecond and hit, for hits in the order of their times).
+
+Nuisances are factors on this response, one set (y, s, β) per event: β on the noise, y on the light,
+and s on the amount of scattering per metre, which lengthens the tail and shortens the reach of the
+light: where it diffuses, its range goes as √(absorption length × scattering length).
+
+.. math:: A \to y A, \qquad \tau_1 \to s\,\tau_1, \quad \ell \to \ell / \sqrt{s}, \qquad
+    b \to \beta\, b .
+
+The spread beside the event τ₀, the beaming g and the speed v stay.
+
+Source: *Optical properties of deep glacial ice at the South Pole*, M. Ackermann et al., 2006,
+https://doi.org/10.1029/2005JD006687 (the propagation length).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -37,7 +50,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import as_tensor, check_finite, check_shape
+from ..._checks import as_tensor, check_shape
+from .._nuisance import Factors, check_nuisance
+from .checks import check_hits, check_images, check_labels
 
 __all__ = ["Channels", "Response"]
 
@@ -135,73 +150,82 @@ class Response:
         y = (torch.arange(self.rows, dtype=torch.float64) - (self.rows - 1) / 2) * self.spacing
         return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
 
-    def expected_images(self, z: Tensor, angle: Tensor) -> Tensor:
+    def expected_images(
+        self, z: Tensor, angle: Tensor, nuisance: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Return the expected counts μ of every sensor and time bin.
 
         Arguments:
             z: Position (x, y) in metres and energy in TeV, shape (N, 3).
             angle: Direction angles in radians, shape (N,).
+            nuisance: Factors on "light_yield", "scattering" and "noise", each a number or of shape
+                (N,); 1 where left out.
 
         Returns:
             Expected counts, noise included, shape (N, T, H, W).
 
         Raises:
-            ValueError: If shapes differ from these or an energy is not positive.
+            ValueError: If shapes differ from these, or an energy or a factor is not positive.
         """
-        z, angle = self._check_labels(z, angle)
-        offset = self.sensors.to(z) - z[:, None, :2]
-        distance = self.distance(offset)
-        photons = z[:, 2, None] * self.brightness(offset, distance, angle[:, None])
-        edges = torch.tensor(self.time_edges, dtype=z.dtype, device=z.device)
-        share = self.arrival_cdf(edges[:, None], distance[:, None]).diff(dim=1)
-        expected = photons[:, None] * share + self.noise * edges.diff()[:, None]
-        return expected.reshape(-1, *self.image_shape)
+        z, angle = check_labels(z, angle)
+        return self._expected_images(z, angle, check_nuisance(nuisance, z))
 
-    def intensity(self, hits: Tensor, z: Tensor, angle: Tensor) -> Tensor:
+    def intensity(
+        self, hits: Tensor, z: Tensor, angle: Tensor, nuisance: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Return the expected hits per ns, λ_s(t), at given sensors and times.
 
         Arguments:
             hits: Sensor x, sensor y (metres) and time (ns), shape (N, M, 3).
             z: Position (x, y) in metres and energy in TeV, shape (N, 3).
             angle: Direction angles in radians, shape (N,).
+            nuisance: As in `expected_images`.
 
         Returns:
             Intensities, shape (N, M).
 
         Raises:
-            ValueError: If shapes differ from these or an energy is not positive.
+            ValueError: If shapes differ from these, or an energy or a factor is not positive.
         """
-        z, angle = self._check_labels(z, angle)
+        z, angle = check_labels(z, angle)
         hits = as_tensor(hits, "hits", like=z)
         check_shape(hits, (len(z), "M", 3), "hits", "A hit is (sensor x, sensor y, time).")
-        offset = hits[..., :2].to(z.dtype) - z[:, None, :2]
-        distance = self.distance(offset)
-        photons = z[:, 2, None] * self.brightness(offset, distance, angle[:, None])
-        return photons * self.arrival_density(hits[..., 2].to(z.dtype), distance) + self.noise
+        return self._intensity(hits, z, angle, check_nuisance(nuisance, z))
 
-    def log_prob_images(self, images: Tensor, z: Tensor, angle: Tensor) -> Tensor:
+    def log_prob_images(
+        self, images: Tensor, z: Tensor, angle: Tensor, nuisance: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Return ln p(image | position, energy, angle) of independent Poisson counts.
 
         Arguments:
             images: Counts, shape (N, T, H, W).
             z: Position (x, y) in metres and energy in TeV, shape (N, 3).
             angle: Direction angles in radians, shape (N,).
+            nuisance: As in `expected_images`.
 
         Returns:
             Log-probabilities in nats, shape (N,).
 
         Raises:
-            ValueError: If shapes differ from these, or counts or energies are out of range.
+            ValueError: If shapes differ from these, or counts, energies or factors are out of
+                range.
         """
-        z, angle = self._check_labels(z, angle)
-        images = self._check_images(images, like=z)
+        z, angle = check_labels(z, angle)
+        images = self.check_images(images, like=z)
         check_shape(images, (len(z), *self.image_shape), "images", "Give one image per label.")
-        expected = self.expected_images(z, angle)
+        expected = self._expected_images(z, angle, check_nuisance(nuisance, z))
         images = images.to(expected.dtype)
         terms = torch.xlogy(images, expected) - expected - torch.lgamma(images + 1)
         return terms.flatten(1).sum(1)
 
-    def log_prob_hits(self, hits: Tensor, lengths: Tensor, z: Tensor, angle: Tensor) -> Tensor:
+    def log_prob_hits(
+        self,
+        hits: Tensor,
+        lengths: Tensor,
+        z: Tensor,
+        angle: Tensor,
+        nuisance: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Return ln p(hits | position, energy, angle) of the inhomogeneous Poisson process.
 
         It is the log-density of the number of hits, their sensors and their times in time order.
@@ -211,51 +235,86 @@ class Response:
             lengths: The number of hits of every event, shape (N,).
             z: Position (x, y) in metres and energy in TeV, shape (N, 3).
             angle: Direction angles in radians, shape (N,).
+            nuisance: As in `expected_images`.
 
         Returns:
             Log-densities in nats (times in ns), shape (N,).
 
         Raises:
-            ValueError: If shapes differ from these, or lengths, times or energies are out of range.
+            ValueError: If shapes differ from these, or lengths, times, energies or factors are out
+                of range.
         """
-        z, angle = self._check_labels(z, angle)
-        hits, lengths = self._check_hits(hits, lengths, like=z)
+        z, angle = check_labels(z, angle)
+        hits, lengths = self.check_hits(hits, lengths, like=z)
         check_shape(lengths, (len(z),), "lengths", "Give one hit list per label.")
         real = torch.arange(hits.shape[1], device=hits.device) < lengths[:, None]
-        logs = self.intensity(hits, z, angle).log()
-        total = self.expected_images(z, angle).flatten(1).sum(1)
+        factors = check_nuisance(nuisance, z)
+        logs = self._intensity(hits, z, angle, factors).log()
+        total = self._expected_images(z, angle, factors).flatten(1).sum(1)
         return torch.where(real, logs, torch.zeros_like(logs)).sum(1) - total
+
+    def photons(self, offset: Tensor, z: Tensor, angle: Tensor, factors: Factors) -> Tensor:
+        """Return E·a_s, the expected photons, at offsets of shape (N, points, 2) -> (N, points)."""
+        light, scattering = factors.light_yield[:, None], factors.scattering[:, None]
+        distance = self.distance(offset)
+        bright = self.brightness(offset, distance, angle[:, None], scattering)
+        return z[:, 2, None] * bright * light
+
+    def _expected_images(self, z: Tensor, angle: Tensor, factors: Factors) -> Tensor:
+        offset = self.sensors.to(z) - z[:, None, :2]
+        photons = self.photons(offset, z, angle, factors)
+        edges = torch.tensor(self.time_edges, dtype=z.dtype, device=z.device)
+        path, scattering = self.distance(offset)[:, None], factors.scattering[:, None, None]
+        share = self.arrival_cdf(edges[:, None], path, scattering).diff(dim=1)
+        dark = self.noise * edges.diff()[:, None] * factors.noise[:, None, None]
+        return (photons[:, None] * share + dark).reshape(-1, *self.image_shape)
+
+    def _intensity(self, hits: Tensor, z: Tensor, angle: Tensor, factors: Factors) -> Tensor:
+        offset = hits[..., :2].to(z.dtype) - z[:, None, :2]
+        photons = self.photons(offset, z, angle, factors)
+        path, scattering = self.distance(offset), factors.scattering[:, None]
+        density = self.arrival_density(hits[..., 2].to(z.dtype), path, scattering)
+        return photons * density + self.noise * factors.noise[:, None]
 
     def distance(self, offset: Tensor) -> Tensor:
         """Return ρ of sensor − position, shape (..., 2) -> (...)."""
         return (offset.square().sum(-1) + self.sensor_radius**2).sqrt()
 
-    def brightness(self, offset: Tensor, distance: Tensor, angle: Tensor) -> Tensor:
-        """Return a_s, the expected photons per TeV; `angle` broadcasts against `distance`."""
+    def brightness(
+        self, offset: Tensor, distance: Tensor, angle: Tensor, scattering: Tensor | float = 1.0
+    ) -> Tensor:
+        """Return a_s, photons per TeV; `angle` and `scattering` broadcast against `distance`."""
         along = offset[..., 0] * angle.cos() + offset[..., 1] * angle.sin()
-        return self.falloff(distance) * (1 + self.beaming * along / distance).square()
+        return self.falloff(distance, scattering) * (1 + self.beaming * along / distance).square()
 
-    def falloff(self, distance: Tensor) -> Tensor:
+    def falloff(self, distance: Tensor, scattering: Tensor | float = 1.0) -> Tensor:
         """Return a_s without (1 + g cos δ)²."""
         norm = self.light_yield / (1 + self.beaming**2 / 2)
         return (
             norm
-            * (-distance / self.attenuation).exp()
+            * (distance * -(scattering**0.5) / self.attenuation).exp()
             / (1 + (distance / self.near_field).square())
         )
 
-    def arrival_cdf(self, time: Tensor, distance: Tensor) -> Tensor:
+    def spread(self, distance: Tensor, scattering: Tensor | float = 1.0) -> Tensor:
+        """Return τ(ρ) in ns."""
+        return self.time_spread + (self.time_spread_growth * scattering) * distance
+
+    def arrival_cdf(
+        self, time: Tensor, distance: Tensor, scattering: Tensor | float = 1.0
+    ) -> Tensor:
         """Return F(t|ρ)."""
-        return (-(-self._standardise(time, distance)).exp()).exp()
+        return (-(-self._standardise(time, distance, scattering)).exp()).exp()
 
-    def arrival_density(self, time: Tensor, distance: Tensor) -> Tensor:
+    def arrival_density(
+        self, time: Tensor, distance: Tensor, scattering: Tensor | float = 1.0
+    ) -> Tensor:
         """Return f(t|ρ) per ns."""
-        s = self._standardise(time, distance)
-        spread = self.time_spread + self.time_spread_growth * distance
-        return (-s - (-s).exp()).exp() / spread
+        s = self._standardise(time, distance, scattering)
+        return (-s - (-s).exp()).exp() / self.spread(distance, scattering)
 
-    def _standardise(self, time: Tensor, distance: Tensor) -> Tensor:
-        spread = self.time_spread + self.time_spread_growth * distance
+    def _standardise(self, time: Tensor, distance: Tensor, scattering: Tensor | float) -> Tensor:
+        spread = self.spread(distance, scattering)
         # Below −60 the cdf is zero anyway, and exp(60) still fits float32.
         return ((time - distance / self.speed) / spread).clamp(min=-60.0)
 
@@ -273,61 +332,24 @@ class Response:
         count = torch.ones(len(hits), dtype=torch.float64, device=hits.device)
         return Channels(row * self.columns + column, count, hits[:, 2].double(), None)
 
-    def _check_labels(self, z: Any, angle: Any) -> tuple[Tensor, Tensor]:
-        z = as_tensor(z, "z")
-        check_shape(z, ("N", 3), "z", "The columns are x, y (metres) and energy (TeV).")
-        check_finite(z, "z")
-        if bool((z[:, 2] <= 0).any()):
-            row = int((z[:, 2] <= 0).nonzero()[0])
-            raise ValueError(
-                f"Expected positive energies in column 2 of z; got {z[row, 2].item()} in row "
-                f"{row}. Labels are in TeV, not their logarithm."
-            )
-        angle = as_tensor(angle, "angle", like=z).to(z.dtype)
-        check_shape(angle, (len(z),), "angle", "Give one direction in radians per event.")
-        check_finite(angle, "angle")
-        return z, angle
+    def check_images(self, images: Any, like: Tensor | None = None) -> Tensor:
+        """Return images (N, T, H, W) as a tensor.
 
-    def _check_images(self, images: Any, like: Tensor | None = None) -> Tensor:
-        images = as_tensor(images, "images", like=like)
-        check_shape(images, ("N", *self.image_shape), "images", "Axes are time bin, y and x.")
-        check_finite(images, "images")
-        if bool(((images < 0) | (images != images.round())).any()):
-            raise ValueError(
-                f"Expected images of photon counts (whole numbers, 0 or more); got values between "
-                f"{images.min().item():g} and {images.max().item():g}. Pass the counts as "
-                "simulated, not their logarithm."
-            )
-        return images
+        Raises:
+            ValueError: If the shape differs from this, or a value is no count.
+        """
+        return check_images(images, self.image_shape, like)
 
-    def _check_hits(
+    def check_hits(
         self, hits: Any, lengths: Any, like: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        hits = as_tensor(hits, "hits", like=like)
-        check_shape(hits, ("N", "M", 3), "hits", "A hit is (sensor x, sensor y, time).")
-        lengths = torch.as_tensor(lengths, device=hits.device).long()
-        check_shape(lengths, (len(hits),), "lengths", "Give the number of hits per event.")
-        if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= hits.shape[1]:
-            raise ValueError(
-                f"Expected lengths between 0 and {hits.shape[1]}; got {int(lengths.min())} to "
-                f"{int(lengths.max())}. Pass the lengths that came with these hits."
-            )
-        real = torch.arange(hits.shape[1], device=hits.device) < lengths[:, None]
-        check_finite(torch.where(real[..., None], hits, 0.0), "hits")
-        column = hits[..., 0] / self.spacing + (self.columns - 1) / 2
-        row = hits[..., 1] / self.spacing + (self.rows - 1) / 2
-        bad = ((column - column.round()).abs() > 1e-3) | ((row - row.round()).abs() > 1e-3)
-        bad |= (column < -0.5) | (column > self.columns - 0.5)
-        bad |= (row < -0.5) | (row > self.rows - 0.5)
-        bad |= (hits[..., 2] < self.time_edges[0]) | (hits[..., 2] > self.time_edges[-1])
-        if bool((bad & real).any()):
-            event, hit = (int(i) for i in (bad & real).nonzero()[0])
-            raise ValueError(
-                f"Expected hits at a sensor and within {self.time_edges[0]:g} to "
-                f"{self.time_edges[-1]:g} ns; got {hits[event, hit].tolist()} in row {event}, hit "
-                f"{hit}. Pass hits in metres and ns, not scaled."
-            )
-        return hits, lengths
+        """Return hits (N, M, 3) and lengths (N,) as tensors.
+
+        Raises:
+            ValueError: If shapes differ from these, or a hit is at no sensor or outside the times.
+        """
+        window = self.time_edges[0], self.time_edges[-1]
+        return check_hits(hits, lengths, (self.columns, self.rows), self.spacing, window, like)
 
 
 _POSITIVE = (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._nuisance import Factors
 from .labels import unpack
 from .response import Response3D
 
@@ -54,13 +55,14 @@ class Telescope3DEvents:
 
 
 def draw_hits(
-    response: Response3D, z: Tensor, generator: torch.Generator | None
+    response: Response3D, z: Tensor, factors: Factors, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Draw the hits of N events.
 
     Arguments:
         response: The telescope.
         z: Labels, shape (N, 7).
+        factors: Nuisances, each of shape (N,).
         generator: The source of randomness, on the device of `z`.
 
     Returns:
@@ -69,10 +71,10 @@ def draw_hits(
     """
     first, last = response.window
     sensors = response.sensors.to(z)
-    light = response.light(z, sensors)
+    light = response.light(z, sensors, factors)
     signal = torch.poisson(light.photons, generator=generator).long().flatten()
     rate = z.new_full((len(z),), response.noise * (last - first) * len(sensors))
-    dark = torch.poisson(rate, generator=generator).long()
+    dark = torch.poisson(rate * factors.noise, generator=generator).long()
 
     lit = torch.arange(signal.numel(), device=z.device).repeat_interleave(signal)
     unlit = torch.arange(len(z), device=z.device).repeat_interleave(dark)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ..._checks import check_positive_int
+from .._nuisance import Factors, check_nuisance, telescope_nuisances
 from .._random import resolve_generator
 from .checks import check_labels
 from .events import Telescope3DEvents, draw_hits
@@ -33,7 +35,9 @@ class Telescope3D(Response3D):
     [−box, box]³, energies uniform in the logarithm within `energy_range`, directions uniform on the
     sphere. An event is the list of its hits. The position of a track is where it is at t = 0.
 
-    Vary a nuisance by `dataclasses.replace(telescope, scattering=15.0)`.
+    Light yield, scattering and noise can differ from event to event (`nuisances`). The true
+    posterior is that of the nominal response; another one for all events is a field, such as
+    `dataclasses.replace(telescope, noise=2e-5)`.
 
     Example:
         >>> telescope = Telescope3D(kind="track")
@@ -55,12 +59,28 @@ class Telescope3D(Response3D):
         n = check_positive_int(n, "n")
         return draw_prior(self, n, resolve_generator(generator, seed), dtype)
 
+    @staticmethod
+    def nuisances() -> dict[str, tuple[Distribution, float]]:
+        """Return priors and nominal values of the nuisances, by name.
+
+        They are factors on the response of an event, 1 for the nominal one:
+
+        - "light_yield": y, with A → y·A; normal, 1 ± 0.10.
+        - "scattering": s, the amount of scattering per metre, with λ → λ/s and ℓ → ℓ/√s; normal,
+          1 ± 0.15.
+        - "noise": β, with b → β·b; uniform between 1 and 3.
+
+        The symbols are those of `Response3D`.
+        """
+        return telescope_nuisances()
+
     def sample(
         self,
         n: int,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         dtype: torch.dtype | None = None,
+        nuisance: Mapping[str, Any] | None = None,
     ) -> Telescope3DEvents:
         """Draw events from the prior.
 
@@ -69,18 +89,26 @@ class Telescope3D(Response3D):
             generator: The source of randomness; events lie on its device.
             seed: A seed, in place of a generator.
             dtype: Of the events; by default torch's default dtype.
+            nuisance: Factors on "light_yield", "scattering" and "noise", each a number or of shape
+                (N,); 1 where left out.
 
         Returns:
             The events.
 
         Raises:
-            ValueError: If `n` is no positive whole number, or both `generator` and `seed` are set.
+            ValueError: If `n` is no positive whole number, both `generator` and `seed` are set, or
+                a factor has another shape or is not positive.
         """
         generator = resolve_generator(generator, seed)
-        return self.simulate(self.sample_prior(n, generator, dtype=dtype), generator)
+        z = self.sample_prior(n, generator, dtype=dtype)
+        return self.simulate(z, generator, nuisance=nuisance)
 
     def simulate(
-        self, z: Tensor, generator: torch.Generator | None = None, seed: int | None = None
+        self,
+        z: Tensor,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        nuisance: Mapping[str, Any] | None = None,
     ) -> Telescope3DEvents:
         """Simulate events of given labels.
 
@@ -88,19 +116,23 @@ class Telescope3D(Response3D):
             z: Energy (TeV), position (metres) and direction of travel, shape (N, 7).
             generator: The source of randomness, on the device of `z`.
             seed: A seed, in place of a generator.
+            nuisance: Factors on "light_yield", "scattering" and "noise", each a number or of shape
+                (N,); 1 where left out.
 
         Returns:
             The events, in the dtype of `z`.
 
         Raises:
-            ValueError: If `z` has another shape or no row, an energy is not positive, a direction
-                no unit vector, or both `generator` and `seed` are set.
+            ValueError: If `z` has another shape or no row, an energy or a factor is not positive, a
+                direction no unit vector, or both `generator` and `seed` are set.
         """
         z = check_labels(z)
         if not len(z):
             raise ValueError("Expected at least one row in z; got none. Give labels to simulate.")
         generator = resolve_generator(generator, seed)
-        parts = [draw_hits(self, rows, generator) for rows in z.split(_CHUNK)]
+        factors = check_nuisance(nuisance, z)
+        chunks = zip(*(column.split(_CHUNK) for column in (z, *factors)), strict=True)
+        parts = [draw_hits(self, rows, Factors(*some), generator) for rows, *some in chunks]
         lengths = torch.cat([count for _, count in parts])
         longest = max(1, int(lengths.max()))
         hits = z.new_zeros(len(z), longest, 4)
@@ -122,9 +154,15 @@ class Telescope3D(Response3D):
         """Return ln p(z) in nats (per TeV, m³ and steradian), shape (N, 7) -> (N,)."""
         return log_prior(self, check_labels(z))
 
-    def log_joint(self, hits: Tensor, lengths: Tensor, z: Tensor) -> Tensor:
+    def log_joint(
+        self,
+        hits: Tensor,
+        lengths: Tensor,
+        z: Tensor,
+        nuisance: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Return ln p(hits, z), the posterior up to a constant; arguments as in `log_prob_hits`."""
-        return self.log_prob_hits(hits, lengths, z) + self.log_prior(z)
+        return self.log_prob_hits(hits, lengths, z, nuisance) + self.log_prior(z)
 
     def true_posterior(
         self,

@@ -33,11 +33,24 @@ density of the hits in time order, per nanosecond and hit, is
 
 .. math:: \ln p(\mathrm{hits}|z) = \sum_j \ln \lambda_{s_j}(t_j) - \sum_s \mu_s, \qquad
     \mu_s = E\, a_s\, [F(t_{\max}) - F(t_{\min})] + b\, T .
+
+Nuisances are factors on this response, one set (y, s, β) per event: β on the noise, y on the light,
+and s on the amount of scattering per metre, which blurs times and ring and shortens the reach of
+the light: where it diffuses, its range goes as √(absorption length × scattering length).
+
+.. math:: A \to y A, \qquad \lambda \to \lambda / s, \quad \ell \to \ell / \sqrt{s}, \qquad
+    b \to \beta\, b .
+
+Time spread τ₀ and ring width w₀ beside the event, and the speed v, stay.
+
+Source: *Optical properties of deep glacial ice at the South Pole*, M. Ackermann et al., 2006,
+https://doi.org/10.1029/2005JD006687 (the propagation length).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +58,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_tensor, check_shape
+from .._nuisance import Factors, check_nuisance
 from .checks import check_hits, check_labels
 
 __all__ = ["LIGHT_SPEED", "Light", "Response3D"]
@@ -153,8 +167,11 @@ class Response3D:
     def _spacings(self) -> tuple[float, float, float]:
         return self.string_spacing, self.string_spacing, self.sensor_spacing
 
-    def light(self, z: Tensor, points: Tensor) -> Light:
-        """Return what reaches points, shapes (..., 7) and (..., points, 3) -> (..., points)."""
+    def light(self, z: Tensor, points: Tensor, factors: Factors | None = None) -> Light:
+        """Return what reaches points, shapes (..., 7) and (..., points, 3) -> (..., points).
+
+        The factors, 1 by default, broadcast against (...).
+        """
         energy, x, y, height, u, v, w = z[..., None].unbind(-2)
         dx, dy, dz = (points[..., i] - p for i, p in enumerate((x, y, height)))
         square = dx * dx + dy * dy + dz * dz
@@ -169,49 +186,68 @@ class Response3D:
         else:
             path = (square + self.sensor_radius**2).sqrt()
             time = path / self.speed
-            width = self.ring_width * (1 + path / self.scattering)
+            width = self.ring_width * self._blur(path, factors)
             # the mean of 1/(1 + ((c - cosine)/width)²) over −1 < c < 1
             mean = width * (((1 - cosine) / width).atan() + ((1 + cosine) / width).atan()) / 2
             ring = mean * (1 + ((along / path - cosine) / width).square())
             falloff = 1 / ((1 + (path / self.near_field).square()) * ring)
-        photons = energy * self.light_yield * (-path / self.attenuation).exp() * falloff
-        return Light(photons, time, self.time_spread * (1 + path / self.scattering))
+        reach = -path if factors is None else -path * factors.scattering[..., None].sqrt()
+        photons = energy * self.light_yield * (reach / self.attenuation).exp() * falloff
+        if factors is not None:
+            photons = photons * factors.light_yield[..., None]
+        return Light(photons, time, self.time_spread * self._blur(path, factors))
 
-    def expected_counts(self, z: Tensor) -> Tensor:
+    def _blur(self, path: Tensor, factors: Factors | None) -> Tensor:
+        """Return 1 + ρ/λ, by which scattering widens time spread and ring."""
+        scattered = path if factors is None else path * factors.scattering[..., None]
+        return 1 + scattered / self.scattering
+
+    def expected_counts(self, z: Tensor, nuisance: Mapping[str, Any] | None = None) -> Tensor:
         """Return the expected number of hits μ of every sensor in the window, noise included.
 
         Arguments:
             z: Energy (TeV), position (metres) and direction of travel, shape (N, 7).
+            nuisance: Factors on "light_yield", "scattering" and "noise", each a number or of shape
+                (N,); 1 where left out.
 
         Returns:
             Expected counts, shape (N, N_s).
 
         Raises:
-            ValueError: If `z` has another shape, an energy is not positive or a direction no unit
-                vector.
+            ValueError: If shapes differ from these, an energy or a factor is not positive or a
+                direction no unit vector.
         """
         z = check_labels(z)
-        return self._counts(z, self.sensors.to(z))
+        return self._counts(z, self.sensors.to(z), check_nuisance(nuisance, z))
 
-    def intensity(self, hits: Tensor, z: Tensor) -> Tensor:
+    def intensity(
+        self, hits: Tensor, z: Tensor, nuisance: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Return the expected hits per ns, λ_s(t), at given sensors and times.
 
         Arguments:
             hits: Sensor x, y, z (metres) and time (ns), shape (N, M, 4).
             z: Energy (TeV), position (metres) and direction of travel, shape (N, 7).
+            nuisance: As in `expected_counts`.
 
         Returns:
             Intensities, shape (N, M).
 
         Raises:
-            ValueError: If shapes differ from these, or labels are out of range.
+            ValueError: If shapes differ from these, or labels or factors are out of range.
         """
         z = check_labels(z)
         hits = as_tensor(hits, "hits", like=z).to(z.dtype)
         check_shape(hits, (len(z), "M", 4), "hits", "A hit is (sensor x, y, z, time).")
-        return self._intensity(hits, z)
+        return self._intensity(hits, z, check_nuisance(nuisance, z))
 
-    def log_prob_hits(self, hits: Tensor, lengths: Tensor, z: Tensor) -> Tensor:
+    def log_prob_hits(
+        self,
+        hits: Tensor,
+        lengths: Tensor,
+        z: Tensor,
+        nuisance: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Return ln p(hits | z) of the inhomogeneous Poisson process.
 
         It is the log-density of the number of hits, their sensors and their times in time order.
@@ -220,31 +256,39 @@ class Response3D:
             hits: Sensor x, y, z (metres) and time (ns), padded, shape (N, M, 4).
             lengths: The number of hits of every event, shape (N,).
             z: Energy (TeV), position (metres) and direction of travel, shape (N, 7).
+            nuisance: As in `expected_counts`.
 
         Returns:
             Log-densities in nats (times in ns), shape (N,), in the dtype of `z`.
 
         Raises:
-            ValueError: If shapes differ from these, or labels, lengths, sensors or times are out
-                of range.
+            ValueError: If shapes differ from these, or labels, factors, lengths, sensors or times
+                are out of range.
         """
         z = check_labels(z)
+        factors = check_nuisance(nuisance, z)
         hits, lengths = self.check_hits(hits, lengths, like=z)
         check_shape(lengths, (len(z),), "lengths", "Give one hit list per label.")
         hits = hits.to(z.dtype)
         rows = max(1, _ELEMENTS // (len(self.sensors) + hits.shape[1]))
-        parts = zip(hits.split(rows), lengths.split(rows), z[:, None].split(rows), strict=True)
-        return torch.cat([z.new_zeros(0)] + [self.log_likelihood(*part)[:, 0] for part in parts])
+        parts = [z.new_zeros(0)]
+        for start in range(0, len(z), rows):
+            part = slice(start, start + rows)
+            some = Factors(*(factor[part, None] for factor in factors))
+            parts.append(self.log_likelihood(hits[part], lengths[part], z[part, None], some)[:, 0])
+        return torch.cat(parts)
 
-    def log_likelihood(self, hits: Tensor, lengths: Tensor, z: Tensor) -> Tensor:
+    def log_likelihood(
+        self, hits: Tensor, lengths: Tensor, z: Tensor, factors: Factors | None = None
+    ) -> Tensor:
         """Return ln p(hits | z) at S labels per event, without checks.
 
-        Shapes (N, M, 4), (N,) and (N, S, 7) -> (N, S).
+        Shapes (N, M, 4), (N,) and (N, S, 7) -> (N, S); factors broadcast against (N, S).
         """
         real = torch.arange(hits.shape[1], device=hits.device) < lengths[:, None]
-        logs = self._intensity(hits[:, None], z).log()
+        logs = self._intensity(hits[:, None], z, factors).log()
         seen = torch.where(real[:, None], logs, torch.zeros_like(logs)).sum(-1)
-        return seen - self._counts(z, self.sensors.to(z)).sum(-1)
+        return seen - self._counts(z, self.sensors.to(z), factors).sum(-1)
 
     def arrival_cdf(self, time: Tensor | float, light: Light) -> Tensor:
         """Return F(t), the share of the light that has arrived."""
@@ -261,16 +305,20 @@ class Response3D:
         counts = (*self.strings, self.sensors_per_string)
         return check_hits(hits, lengths, counts, self._spacings, self.window, like)
 
-    def _intensity(self, hits: Tensor, z: Tensor) -> Tensor:
-        light = self.light(z, hits[..., :3])
+    def _intensity(self, hits: Tensor, z: Tensor, factors: Factors | None) -> Tensor:
+        light = self.light(z, hits[..., :3], factors)
         s = _standardise(hits[..., 3], light)
-        return light.photons * (-s - (-s).exp()).exp() / light.spread + self.noise
+        signal = light.photons * (-s - (-s).exp()).exp() / light.spread
+        return signal + (self.noise if factors is None else self.noise * factors.noise[..., None])
 
-    def _counts(self, z: Tensor, sensors: Tensor) -> Tensor:
+    def _counts(self, z: Tensor, sensors: Tensor, factors: Factors | None) -> Tensor:
         first, last = self.window
-        light = self.light(z, sensors)
+        light = self.light(z, sensors, factors)
         share = self.arrival_cdf(last, light) - self.arrival_cdf(first, light)
-        return light.photons * share + self.noise * (last - first)
+        dark = self.noise * (last - first)
+        return light.photons * share + (
+            dark if factors is None else dark * factors.noise[..., None]
+        )
 
 
 def _standardise(time: Tensor | float, light: Light) -> Tensor:
