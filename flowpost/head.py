@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ._checks import as_tensor, check_finite, check_positive_int, check_shape
 from ._weights import check_weights, weighted_mean
+from .encoders import Encoder
 from .flows import ResidualFlow
 from .masks import known_coordinates, read_mask
 from .posterior import Posterior
@@ -394,6 +395,20 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x
 
 
+class EventLoss(NamedTuple):
+    """Loss of each event.
+
+    Attributes:
+        value: Loss in nats (N,).
+        base: Base coordinates (N, d), arbitrary where labels are missing; or None.
+        whole: Which events have all labels (N,); None where all have.
+    """
+
+    value: Tensor
+    base: Tensor | None = None
+    whole: Tensor | None = None
+
+
 class PosteriorModel(nn.Module):
     """An encoder and its head.
 
@@ -438,6 +453,42 @@ class PosteriorModel(nn.Module):
         """
         return self.head(self.encode(x), reference=reference)
 
+    @property
+    def unscaled(self) -> bool:
+        """Whether there are parts beside encoder and head whose scales are not set."""
+        return False
+
+    def fit_scale(self, x: Any, z: Any) -> None:
+        """Set the scales of parts beside encoder and head, of inputs and labels; there are none."""
+
+    def own_parts(self) -> list[nn.Module]:
+        """Modules of flowpost, which `flowpost.fit` lets learn at a higher rate than a user's."""
+        inner = [] if self.encoder is None else self.encoder.modules()
+        return [self.head, *(m for m in inner if isinstance(m, Encoder))]
+
+    def event_loss(
+        self, x: Any, z: Any, mask: Any = None, *, reference: Any = None, base: bool = False
+    ) -> EventLoss:
+        """−ln q(z|x) of each event, and its base coordinates if asked for.
+
+        Arguments are those of `loss`.
+
+        Raises:
+            ValueError: If labels or mask do not fit.
+        """
+        return self._posterior_loss(self.encode(x), z, mask, reference, base)
+
+    def _posterior_loss(
+        self, context: Tensor | None, z: Any, mask: Any, reference: Any, base: bool
+    ) -> EventLoss:
+        if mask is not None:
+            u, log_prob, whole = self.head._masked(context, z, mask, reference)
+            return EventLoss(-log_prob, u, whole)
+        if base:
+            u, log_prob = self.head.to_base_and_log_prob(context, z, reference=reference)
+            return EventLoss(-log_prob, u)
+        return EventLoss(-self.head.log_prob(context, z, reference=reference))
+
     def loss(
         self,
         x: Any,
@@ -448,7 +499,6 @@ class PosteriorModel(nn.Module):
         reference: Any = None,
         signed_weights: bool = False,
     ) -> Tensor:
-        """Joint KL in nats; see `PosteriorHead.loss`."""
-        return self.head.loss(
-            self.encode(x), z, weight, mask, reference=reference, signed_weights=signed_weights
-        )
+        """The loss that `flowpost.fit` minimises, in nats; arguments as in `PosteriorHead.loss`."""
+        loss = self.event_loss(x, z, mask, reference=reference).value
+        return weighted_mean(loss, weight, signed_weights)

@@ -8,6 +8,7 @@ from flowpost.plots.gallery import plot_gallery
 from flowpost.plots.history import plot_history
 from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
 from flowpost.plots.skymap import plot_skymap, plot_zoom
+from flowpost.plots.systematics import plot_systematics
 
 __all__ = [
     "Region",
@@ -21,5 +22,6 @@ __all__ = [
     "plot_pulls",
     "plot_ranks",
     "plot_skymap",
+    "plot_systematics",
     "plot_zoom",
 ]

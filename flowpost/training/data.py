@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from numbers import Number
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, random_split
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    random_split,
+)
 
 from .._checks import as_tensor, check_finite
+from .._events import Batch, TensorEvents, chosen, joined, to_batch
 from ..encoders import Encoder
 from ..head import PosteriorModel
 from ..masks import known_coordinates, read_mask
@@ -23,6 +28,8 @@ __all__ = [
     "apply",
     "check_events",
     "chosen",
+    "fixed",
+    "followers",
     "loader",
     "sample_of",
     "split",
@@ -30,90 +37,6 @@ __all__ = [
 ]
 
 _SCALE_EVENTS = 50_000
-_FORMS = (
-    "Give labels alone (context=0), a tuple (x, z), (x, z, weight) or (x, z, weight, mask), or a "
-    "dict with keys x, z, weight, mask, reference; x, mask and reference may be dicts of tensors, "
-    "x a tuple."
-)
-
-
-class Batch(NamedTuple):
-    """Inputs, labels, and optional weights, masks and references of N events."""
-
-    x: Any
-    z: Any
-    weight: Any = None
-    mask: Any = None
-    reference: Any = None
-
-
-def to_batch(data: Any) -> Batch:
-    """Read a batch, or whole tensors, in one of the forms that users have.
-
-    Raises:
-        ValueError: If the form is unknown.
-    """
-    if isinstance(data, Batch):
-        return data
-    if isinstance(data, Mapping):
-        unknown = set(data) - set(Batch._fields)
-        if "z" not in data or unknown:
-            keys = ", ".join(Batch._fields)
-            raise ValueError(f"Expected keys {keys}; got {', '.join(data)}. {_FORMS}")
-        return Batch(**{"x": None, **data})
-    if isinstance(data, (tuple, list)):
-        if not 1 <= len(data) <= 4:
-            raise ValueError(f"Expected one to four parts; got {len(data)}. {_FORMS}")
-        return Batch(None, data[0]) if len(data) == 1 else Batch(*data)
-    return Batch(None, data)
-
-
-def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Mapping):
-        return {k: _map(v, change) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_map(v, change) for v in value)
-    return change(value)
-
-
-def chosen(value: Any, events: Tensor) -> Any:
-    """Rows of tensors, or of tuples and dicts of them, at indices or where a mask is True."""
-    return _map(value, lambda t: torch.as_tensor(t)[events])
-
-
-def _sizes(value: Any) -> Iterator[int]:
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _sizes(v)
-    elif value is not None:
-        yield len(value)
-
-
-class TensorEvents(Dataset):
-    """Events held in tensors, taken many at once by a list of indices."""
-
-    def __init__(self, batch: Batch) -> None:
-        x = _map(batch.x, torch.as_tensor)
-        z = as_tensor(batch.z, "labels")
-        rest = [_map(v, torch.as_tensor) for v in batch[2:]]
-        self.batch = Batch(x, z, *rest)
-        sizes = set(_sizes(tuple(self.batch)))
-        if len(sizes) != 1:
-            raise ValueError(
-                f"Expected as many inputs as labels; got {sorted(sizes)} events. {_FORMS}"
-            )
-        self.size = sizes.pop()
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: Any) -> Batch:
-        at = torch.as_tensor(index)
-        return Batch(*(chosen(v, at) for v in self.batch))
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -194,6 +117,14 @@ def split(data: Any, val: Any, seed: int) -> tuple[Any, Any]:
     return part[0], part[1]
 
 
+def followers(data: Any) -> list[Any]:
+    """The data sets in loaders and subsets that draw anew in each epoch: they have `set_epoch`."""
+    if isinstance(data, Dataset) and callable(getattr(data, "set_epoch", None)):
+        return [data]
+    parts = getattr(data, "datasets", None) or [getattr(data, "dataset", None)]
+    return [found for part in parts if part is not None for found in followers(part)]
+
+
 def check_events(model: PosteriorModel, train: Any) -> None:
     """Refuse events before they are divided and shuffled, for the error names their row."""
     if isinstance(train, (Dataset, DataLoader)):
@@ -228,54 +159,17 @@ def apply(function: Callable[..., Any], x: Any) -> None:
         function(x)
 
 
-def _nested(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return not all(isinstance(v, Number) for v in value)
-    return isinstance(value, Mapping)
+def fixed(data: Any) -> Any:
+    """Data for validation: sets that draw anew in each epoch keep the numbers of one.
 
-
-def _tells_padding(value: Any) -> bool:
-    """Whether it can be lengths (N,) or a mask (N, M): whole numbers or booleans."""
-    if value is None or _nested(value):
-        return False
-    tensor = torch.as_tensor(value)
-    return tensor.ndim <= 2 and not tensor.is_floating_point()
-
-
-def _joined(values: list[Any], sizes: list[int], padded: bool = False) -> Any:
-    """Inputs of several batches as those of one.
-
-    Tensors (N, M, …) are padded with zeros to the longest M, beside what tells it from elements.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: If they do not fit together.
+    Those in a `DataLoader` are as the user has them.
     """
-    first = values[0]
-    if first is None and all(v is None for v in values):
-        return None
-    if isinstance(first, PackedSequence):
-        events: list[Tensor] = []
-        for value in values:
-            data, lengths = pad_packed_sequence(value, batch_first=True)
-            events += [event[:n] for event, n in zip(data, lengths.tolist(), strict=True)]
-        if len(events) != sum(sizes):
-            raise ValueError("Expected as many sequences as labels.")
-        return pack_sequence(events, enforce_sorted=False)
-    if isinstance(first, Mapping):
-        if any(set(v) != set(first) for v in values):
-            raise ValueError("Expected the same keys in all batches.")
-        told = any(_tells_padding(v) for v in first.values())
-        return {k: _joined([v[k] for v in values], sizes, told) for k in first}
-    if _nested(first):
-        told = any(_tells_padding(v) for v in first)
-        return tuple(_joined(list(v), sizes, told) for v in zip(*values, strict=True))
-    tensors = [torch.as_tensor(v) for v in values]
-    if any(not t.ndim or len(t) != n for t, n in zip(tensors, sizes, strict=True)):
-        raise ValueError("Expected as many inputs as labels.")
-    if padded and tensors[0].ndim > 1:
-        longest = max(t.shape[1] for t in tensors)
-        tensors = [pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) for t in tensors]
-    return torch.cat(tensors)
+    if isinstance(data, Subset):
+        return Subset(fixed(data.dataset), data.indices)
+    if isinstance(data, ConcatDataset):
+        return ConcatDataset([fixed(part) for part in data.datasets])
+    held = getattr(data, "fixed", None)
+    return held() if isinstance(data, Dataset) and callable(held) else data
 
 
 def sample_of(data: Any, batches: DataLoader) -> Batch:
@@ -306,6 +200,6 @@ def sample_of(data: Any, batches: DataLoader) -> Batch:
     if len(found) > 1:
         # a form that only the encoder knows stays its first batch
         with suppress(RuntimeError, TypeError, ValueError):
-            inputs = _joined([b.x for b in found], sizes)
-    mask, reference = (_joined([b[k] for b in found], sizes) for k in (3, 4))
+            inputs = joined([b.x for b in found], sizes)
+    mask, reference = (joined([b[k] for b in found], sizes) for k in (3, 4))
     return Batch(inputs, labels, weights, mask, reference)

@@ -17,7 +17,18 @@ from torch.utils.data import DataLoader, IterableDataset
 from .._checks import check_positive_int, require
 from ..head import PosteriorHead, PosteriorModel
 from ..masks import read_mask
-from .data import Batch, EpochBatches, apply, check_events, chosen, loader, sample_of, split
+from .data import (
+    Batch,
+    EpochBatches,
+    apply,
+    check_events,
+    chosen,
+    fixed,
+    followers,
+    loader,
+    sample_of,
+    split,
+)
 from .history import Epoch, History
 from .module import Schedule, module_class, one_cycle
 
@@ -116,9 +127,10 @@ def fit(
     check_positive_int(batch_size, "batch_size")
     train, val = split(train, val, seed)
     batches = loader(train, batch_size, seed, shuffle=True, workers=workers)
-    held = loader(val, max(batch_size, 1024), seed, shuffle=False, workers=workers)
+    held = loader(fixed(val), max(batch_size, 1024), seed, shuffle=False, workers=workers)
     module = module_class()(model, lr, weight_decay, _schedule(schedule), seed, signed_weights)
-    module.wanted = wanted
+    module.wanted, module.followers = wanted, followers(batches)
+    module.start_epoch(0)
     home = next(model.parameters()).device
     with _forked(), _quiet():
         own_trainer = trainer is None
@@ -152,12 +164,15 @@ def fit(
         if checkpoint is not None and Path(checkpoint).exists():
             kept = _read(checkpoint, module.options)
             _start_epoch(batches, len(kept["rows"]))
+            module.start_epoch(len(kept["rows"]))
             options = {"ckpt_path": str(checkpoint), "weights_only": True}
         module._seed(len(kept["rows"]) if kept else 0)
-        flow = model.head.flow
-        before, flow.dropout = flow.dropout, _dropout(model.head)
-        if own_trainer:
-            flow.wait = _wait(flow.wait, epochs, batches)
+        heads = [m for m in model.modules() if isinstance(m, PosteriorHead)]
+        before = [head.flow.dropout for head in heads]
+        for head in heads:
+            head.flow.dropout = _dropout(head)
+            if own_trainer:
+                head.flow.wait = _wait(head.flow.wait, epochs, batches)
         try:
             _train_mode(model)
             if kept and kept["stopped"]:
@@ -170,7 +185,8 @@ def fit(
                 module.settle()
                 _trainer(settle, **common).fit(module, batches, held)
         finally:
-            flow.dropout = before
+            for head, own in zip(heads, before, strict=True):
+                head.flow.dropout = own
             module.restore_best()
             model.to(home).eval()
     if module.diverged:
@@ -275,9 +291,12 @@ def _schedule(schedule: str | Schedule | None) -> Schedule | None:
 def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
     encoder = model.encoder
     wanted = callable(getattr(encoder, "fit_scale", None)) and not getattr(encoder, "fitted", False)
-    if bool(model.head.fitted) and not wanted:
+    more = model.unscaled
+    if bool(model.head.fitted) and not wanted and not more:
         return
     batch: Batch = sample_of(train, batches)
+    if more:
+        model.fit_scale(batch.x, batch.z)
     if not bool(model.head.fitted):
         z, weight, reference = batch.z, batch.weight, batch.reference
         if batch.mask is not None:

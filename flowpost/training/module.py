@@ -15,8 +15,7 @@ from .._checks import as_tensor, require
 from .._normal import chi2_level
 from .._weights import check_weights, weighted_mean
 from ..diagnostics import LevelCoverage, level_coverage
-from ..encoders import Encoder
-from ..head import PosteriorModel
+from ..head import PosteriorHead, PosteriorModel
 from .data import to_batch
 from .history import Epoch
 
@@ -78,6 +77,7 @@ def module_class() -> type:
             self.wanted: frozenset[int] = frozenset()
             self.snapshots: dict[int, dict[str, Tensor]] = {}
             self.options: dict[str, Any] = {}
+            self.followers: list[Any] = []
             self.settling = False
             self.diverged = False
             self._offset = 0
@@ -90,9 +90,8 @@ def module_class() -> type:
 
         def _parameters_of(self, own: bool) -> list[torch.nn.Parameter]:
             """Parameters of flowpost's head and encoders, or of the user's encoder."""
-            ours = list(self.model.head.parameters())
-            if isinstance(self.model.encoder, Encoder):
-                ours += self.model.encoder.parameters()
+            # once each, for parts may lie in one another
+            ours = list({p: p for part in self.model.own_parts() for p in part.parameters()})
             kept = {id(p) for p in ours}
             return ours if own else [p for p in self.parameters() if id(p) not in kept]
 
@@ -100,10 +99,11 @@ def module_class() -> type:
             """Parameters by rate, in units of `lr`, and decay."""
             groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
             scale = _SETTLE_RATE if self.settling else 1.0
-            dof = self.model.head.space.dof
             factor = {
-                id(p): max(1.0, dof * _SPLINE_DECAY.get(name.rpartition(".")[2], 0.0))
-                for name, p in self.model.head.named_parameters()
+                id(p): max(1.0, head.space.dof * _SPLINE_DECAY.get(name.rpartition(".")[2], 0.0))
+                for head in self.model.modules()
+                if isinstance(head, PosteriorHead)
+                for name, p in head.named_parameters()
             }
             for own in (True, False):
                 rate = _OWN_RATE if own else 1.0
@@ -134,6 +134,15 @@ def module_class() -> type:
                 )
             scheduler = self.schedule(optimizer, int(steps))
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+        def start_epoch(self, epoch: int) -> None:
+            """Tell the data sets that draw anew in each epoch which one begins, counted from 0."""
+            for events in self.followers:
+                events.set_epoch(epoch)
+
+        def on_train_epoch_end(self) -> None:
+            """Before Lightning takes the first batch of the next epoch."""
+            self.start_epoch(self._offset + self.current_epoch + 1)
 
         def on_train_epoch_start(self) -> None:
             """Forget the sums of the last epoch."""
@@ -181,28 +190,28 @@ def module_class() -> type:
                     own.copy_(mean)
                     mean.copy_(kept)
 
-        def _add(self, part: str, log_prob: Tensor, weight: Any) -> None:
-            """Add to the sums of a part, with weights that were checked."""
-            w = torch.ones_like(log_prob)
+        def _add(self, part: str, value: Tensor, weight: Any) -> None:
+            """Add losses to the sums of a part, with weights that were checked."""
+            w = torch.ones_like(value)
             if weight is not None:
-                w = as_tensor(weight, "weight", like=log_prob).to(log_prob)
+                w = as_tensor(weight, "weight", like=value).to(value)
             sums = self._sums[part]
-            sums[0] -= float((w * log_prob).double().sum())
+            sums[0] += float((w * value).double().sum())
             sums[1] += float(w.double().sum())
 
         def training_step(self, data: Any, index: int) -> Tensor | None:
             """Joint KL of a batch; None, and the end of the training, where it is not finite."""
             batch = to_batch(data)
-            log_prob = self.model.head.log_prob(
-                self.model.encode(batch.x), batch.z, batch.mask, reference=batch.reference
-            )
-            loss = weighted_mean(-log_prob, batch.weight, self.signed_weights)
+            value = self.model.event_loss(
+                batch.x, batch.z, batch.mask, reference=batch.reference
+            ).value
+            loss = weighted_mean(value, batch.weight, self.signed_weights)
             if not bool(torch.isfinite(loss)):
                 self.diverged = self.trainer.should_stop = True
                 return None
-            self._add("train", log_prob.detach(), batch.weight)
+            self._add("train", value.detach(), batch.weight)
             if self.logger is not None or self.trainer.progress_bar_callback is not None:
-                self.log("train_nll", loss.detach(), prog_bar=True, batch_size=len(log_prob))
+                self.log("train_nll", loss.detach(), prog_bar=True, batch_size=len(value))
             return loss
 
         def on_validation_epoch_start(self) -> None:
@@ -213,19 +222,14 @@ def module_class() -> type:
         def validation_step(self, data: Any, index: int) -> None:
             """Log density, and base coordinates of the events that have all labels."""
             batch = to_batch(data)
-            context, whole = self.model.encode(batch.x), None
-            if batch.mask is None:
-                u, log_prob = self.model.head.to_base_and_log_prob(
-                    context, batch.z, reference=batch.reference
-                )
-            else:
-                u, log_prob, whole = self.model.head._masked(
-                    context, batch.z, batch.mask, batch.reference
-                )
-            weight = torch.ones_like(log_prob)
+            value, u, whole = self.model.event_loss(
+                batch.x, batch.z, batch.mask, reference=batch.reference, base=True
+            )
+            assert u is not None
+            weight = torch.ones_like(value)
             if batch.weight is not None:
-                weight = check_weights(batch.weight, log_prob, self.signed_weights)
-            self._add("val", log_prob, weight)
+                weight = check_weights(batch.weight, value, self.signed_weights)
+            self._add("val", value, weight)
             if whole is not None:
                 u, weight = u[whole], weight[whole]
             self._base.append((u.detach().cpu(), weight.detach().cpu()))
