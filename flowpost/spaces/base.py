@@ -274,6 +274,10 @@ class Space(ABC):
         """Whether each label column is inside, of shape (..., D)."""
         return torch.isfinite(z)
 
+    def features(self, z: Tensor) -> Tensor:
+        """Labels (..., D) as a network reads them, without seams, of shape (..., F)."""
+        return z
+
     def condition(self, u: Tensor) -> Tensor:
         """Features (..., feature_size) by which base coordinates (..., d) condition others."""
         return u

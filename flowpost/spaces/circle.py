@@ -70,6 +70,11 @@ class Circle(Space):
             return torch.stack([angle.cos(), angle.sin()], -1)
         return _wrap(angle)[..., None]
 
+    def features(self, z: Tensor) -> Tensor:
+        """Cosine and sine of angles, (..., 2)."""
+        angle = self._angle(z)
+        return torch.stack([angle.cos(), angle.sin()], -1)
+
     def to_residual(self, z: Tensor, at: Placement) -> tuple[Tensor, Tensor]:
         """Coordinate (..., 1) of angles on the line of a standard normal."""
         log_t, sigma = self._widths(at)

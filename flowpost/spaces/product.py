@@ -195,6 +195,10 @@ class Product(Space):
         """Standard deviation of every block."""
         return self._by_column([b.space.stddev(z[..., b.columns]) for b in self.blocks])
 
+    def features(self, z: Tensor) -> Tensor:
+        """Features of every block, in the order of the flow."""
+        return torch.cat([b.space.features(z[..., b.columns]) for b in self.blocks], -1)
+
     def canonical(self, z: Tensor) -> Tensor:
         """Labels of every block as draws have them."""
         return self._by_column([b.space.canonical(z[..., b.columns]) for b in self.blocks])

@@ -174,6 +174,10 @@ class Positive(Line):
         z = (torch.exp(y) * scale.unit).clamp(info.tiny, info.max)
         return z, y + torch.log(scale.scale) + torch.log(scale.unit)
 
+    def features(self, z: Tensor) -> Tensor:
+        """Logarithms of labels (..., k)."""
+        return torch.log(z)
+
     def contains(self, z: Tensor) -> Tensor:
         """Whether labels are finite and above zero."""
         return self._inside(z).all(-1)
