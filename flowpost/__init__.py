@@ -3,7 +3,17 @@
 from importlib import import_module
 from typing import Any
 
-from . import diagnostics, directions, encoders, losses, simulators, skymap
+from . import (
+    diagnostics,
+    directions,
+    encoders,
+    goodness,
+    likelihood,
+    losses,
+    simulators,
+    skymap,
+    systematics,
+)
 from .diagnostics import coverage
 from .head import PosteriorHead, PosteriorModel
 from .io import load, save
@@ -36,9 +46,12 @@ __all__ = [
     "directions",
     "encoders",
     "fit",
+    "goodness",
+    "likelihood",
     "load",
     "losses",
     "save",
     "simulators",
     "skymap",
+    "systematics",
 ]

@@ -11,7 +11,7 @@ import flowpost as fp
 NAMES = """
 Circle Interval Positive Posterior PosteriorHead PosteriorModel Product Real Sphere
 coverage fit load save
-diagnostics directions encoders losses simulators skymap
+diagnostics directions encoders goodness likelihood losses simulators skymap systematics
 """
 
 MODULES = {
@@ -20,7 +20,17 @@ MODULES = {
     "flowpost.encoders": "CNN DeepSets Encoder LSTM Squash Tabular",
     "flowpost.flows": "BoundFlow RUNGS ResidualFlow",
     "flowpost.posterior": "BlockPosterior DirectionMoments Posterior Summary",
-    "flowpost.losses": "joint_kl weighted_mean",
+    "flowpost.losses": "extended joint_kl likelihood_loss weighted_mean",
+    "flowpost.likelihood": "BoundLikelihood ExtendedModel FlowLikelihood LabelEncoder Latent "
+    "Likelihood PointProcess PoissonCounts with_latents",
+    "flowpost.goodness": "CalibratedP Calibrator ContextDensity Efficiency Filter PredictiveP "
+    "p_value typicality",
+    "flowpost.simulators": "Crescents Directions DirectionsPosterior FourModes LinearGaussian "
+    "NoisyIdentity Ring Telescope Telescope3D Telescope3DEvents Telescope3DPosterior "
+    "TelescopeEvents TelescopePosterior WidthMixture anomalies",
+    "flowpost.simulators.anomalies": "dead_string overlay track_like",
+    "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
+    "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
     "flowpost.training": "Epoch History fit",
     "flowpost.io": "FORMAT_VERSION load save",
 }
@@ -65,6 +75,41 @@ Posterior.to(self, *args, **kwargs)
 Posterior.detach(self)
 Posterior.expand(self, batch_shape, _instance=None)
 losses.joint_kl(posterior, z, weight=None, *, signed_weights=False)
+losses.extended(posterior, likelihood, x, z, weight=None, *, latent=None, context=None, \
+signed_weights=False, generator=None)
+losses.likelihood_loss(likelihood, x, z, *, latent=None, context=None, generator=None)
+likelihood.FlowLikelihood(space, data, flow='spline', *, context=64, hidden=64, layers=2, \
+coupling=False, dequantize=0.0)
+likelihood.PoissonCounts(space, shape, decoder=None, *, sensors=None, position=None, \
+direction=None, hidden=None, layers=None)
+likelihood.PointProcess(space, sensors, window, *, position=None, direction=None, components=4, \
+hidden=32, layers=2)
+likelihood.Likelihood.forward(self, z)
+likelihood.Likelihood.log_prob(self, x, z)
+likelihood.Likelihood.sample(self, z, generator=None)
+likelihood.Likelihood.fit_scale(self, x, z)
+likelihood.BoundLikelihood.log_prob(self, x, generator=None)
+likelihood.BoundLikelihood.sample(self, generator=None)
+likelihood.BoundLikelihood.sample_and_log_prob(self, generator=None)
+likelihood.BoundLikelihood.replica(self, generator=None)
+likelihood.BoundLikelihood.measured(self, x)
+likelihood.BoundLikelihood.residuals(self, x, generator=None)
+likelihood.LabelEncoder(space, outputs, hidden=128, layers=3)
+likelihood.Latent(space, size, context, flow='affine', *, prior='normal', hidden=32)
+likelihood.with_latents(space, size)
+likelihood.ExtendedModel(encoder, head, likelihood, latent=None, data=None)
+likelihood.ExtendedModel.measured(self, x)
+goodness.p_value(model, x, draws=200, *, max_draws=None, reference=None, seed=0, progress=False)
+goodness.typicality(model, x, draws=16, *, reference=None, seed=0, progress=False)
+goodness.ContextDensity(size)
+goodness.ContextDensity.fit(self, context)
+goodness.ContextDensity.log_prob(self, context)
+goodness.Calibrator(model, statistics=('p',), draws=200, *, max_draws=None, by=None, bins=4)
+goodness.Calibrator.fit(self, x, *, reference=None, seed=0, progress=False)
+goodness.Calibrator.p_value(self, x, *, reference=None, seed=1, progress=False)
+goodness.Filter(calibrator, threshold=0.01)
+goodness.Filter.forward(self, x, *, reference=None, seed=1)
+goodness.Filter.efficiency(self, x, *, level=0.68, reference=None, seed=1)
 directions.from_zenith_azimuth(zenith, azimuth, *, degrees=False)
 directions.to_zenith_azimuth(vector, *, degrees=False)
 directions.from_ra_dec(ra, dec, *, degrees=False)
@@ -74,8 +119,39 @@ encoders.Tabular(features, context, hidden=128, layers=3, dropout=0.2, missing=F
 encoders.CNN(channels, context, width=32, blocks=2, dropout=0.1)
 encoders.LSTM(features, context, hidden=64, layers=1, dropout=0.1)
 encoders.DeepSets(features, context, hidden=128, dropout=0.1)
+simulators.Telescope.nuisances()
+simulators.Telescope.sample(self, n, generator=None, seed=None, nuisance=None)
+simulators.Telescope.simulate(self, z, angle, generator=None, seed=None, nuisance=None)
+simulators.Telescope3D.nuisances()
+simulators.Telescope3D.sample(self, n, generator=None, seed=None, dtype=None, nuisance=None)
+simulators.Telescope3D.simulate(self, z, generator=None, seed=None, nuisance=None)
+simulators.anomalies.overlay(events, others)
+simulators.anomalies.dead_string(telescope, events, string='random', generator=None, seed=None)
+simulators.anomalies.track_like(telescope, z, angle, length=100.0, pieces=10, generator=None, \
+seed=None, nuisance=None)
+systematics.Nuisances(priors=None, /, **named)
+systematics.Nuisances.sample(self, n, generator=None, seed=None)
+systematics.Nuisances.log_prob(self, nu)
+systematics.Nuisances.at(self, name, sigmas)
+systematics.Nuisances.pack(self, values)
+systematics.Nuisances.unpack(self, nu)
+systematics.Simulated(simulate, prior, size, *, seed=0, condition=False, target='labels')
+systematics.Perturbed(data, perturb, prior, *, seed=0, condition=False, target='labels', \
+collate=None)
+systematics.Mixed(sets, probabilities=None, *, draw=False, normalise=True, condition=False, seed=0)
+systematics.Weighted(data, weights, probabilities=None, *, draw=False, normalise=True, \
+condition=False, seed=0)
+systematics.EpochEvents.set_epoch(self, epoch)
+systematics.EpochEvents.fixed(self, epoch=-1)
+systematics.EpochEvents.batch(self, indices)
+systematics.ConditionedEncoder(encoder, nuisances, context, hidden=64)
+systematics.at(x, nu)
+systematics.marginal(model, x, nu, *, draws=128, reference=None, generator=None)
+systematics.MarginalModel(model, nuisances, draws=128)
+systematics.report(model, make_events, prior, at=(-2, -1, 0, 1, 2), *, without=None, events=20000, \
+levels=(0.682689, 0.9), draws=256, seed=0, chunk=2048)
 save(model, path)
-load(path, encoder=None)
+load(path, encoder=None, *, decoder=None, data=None)
 fit(model, train, val=0.1, *, epochs=100, batch_size=256, lr=0.001, seed=0, weight_decay=0.1, \
 schedule='one-cycle', patience=None, gradient_clip=5.0, signed_weights=False, checkpoint=None, \
 snapshots=(), precision='32-true', logger=None, callbacks=(), workers=0, progress=True, \
@@ -115,8 +191,10 @@ def test_properties_of_a_posterior(name):
 
 
 def test_everything_public_is_documented_and_typed():
-    for name in fp.__all__:
-        item = getattr(fp, name)
+    parts = [(fp, n) for n in fp.__all__]
+    parts += [(m, n) for m in (fp.likelihood, fp.goodness) for n in m.__all__]
+    for owner, name in parts:
+        item = getattr(owner, name)
         assert inspect.getdoc(item), name
         if inspect.ismodule(item):
             continue
