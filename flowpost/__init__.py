@@ -15,8 +15,9 @@ from . import (
     systematics,
 )
 from .diagnostics import coverage
-from .head import PosteriorHead, PosteriorModel
+from .head import PosteriorHead
 from .io import load, save
+from .model import PosteriorModel
 from .posterior import Posterior
 from .spaces import Circle, Interval, Positive, Product, Real, Sphere
 from .training import fit

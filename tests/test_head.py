@@ -8,7 +8,8 @@ from torch import nn
 
 import flowpost as fp
 from flowpost import losses
-from flowpost.head import PosteriorHead, PosteriorModel
+from flowpost.head import PosteriorHead
+from flowpost.model import PosteriorModel
 from flowpost.spaces import Interval, Positive, Product, Real
 
 SPACE = Product(e=Positive(), x=Real(2), y=Interval(-1.0, 2.0))

@@ -17,7 +17,7 @@ LAYERS = [
     {"_checks", "_zuko"},
     {"spaces", "directions", "encoders", "simulators", "metrics"},
     {"flows"},
-    {"posterior", "references", "masks", "head"},
+    {"posterior", "references", "masks", "head", "model"},
     {"likelihood", "losses", "diagnostics"},
     {"generators", "systematics", "calibration", "inferno"},
     {"goodness", "skymap", "training", "io"},

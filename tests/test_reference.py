@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import flowpost as fp
 from flowpost.directions import separation
-from flowpost.head import PosteriorHead, PosteriorModel
+from flowpost.head import PosteriorHead
+from flowpost.model import PosteriorModel
 from flowpost.posterior import BlockPosterior, Posterior
 from flowpost.spaces import Circle, Interval, Positive, Product, Real, Sphere
 

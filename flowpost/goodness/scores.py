@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .._checks import as_tensor, check_positive_int, check_shape
 from .._progress import progress_bar
-from ..head import PosteriorModel
 from ..likelihood import ExtendedModel
+from ..model import PosteriorModel
 from .predictive import (
     bind,
     check_model,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import encoders
-from ..head import PosteriorHead, PosteriorModel
+from ..head import PosteriorHead
 from ..likelihood import ExtendedModel, Latent, Likelihood
+from ..model import PosteriorModel
 from ..spaces import Space
 from .checks import owner
 from .describe import LIKELIHOODS, REMEDY, parts_of

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from .. import encoders
-from ..head import PosteriorHead, PosteriorModel
+from ..head import PosteriorHead
 from ..likelihood import ExtendedModel, FlowLikelihood, Latent, PointProcess, PoissonCounts
+from ..model import PosteriorModel
 
 if TYPE_CHECKING:
     from ..goodness import Calibrator, Filter

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from .._checks import as_tensor
-from ..head import EventLoss, PosteriorHead, PosteriorModel
+from ..head import PosteriorHead
 from ..losses import likelihood_loss
+from ..model import EventLoss, PosteriorModel
 from ..spaces import Product, Real, Space
 from .base import Likelihood
 from .latent import Latent

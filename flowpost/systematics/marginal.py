@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 from .._checks import as_tensor, check_finite, check_positive_int
 from .._events import chosen, mapped, sizes
 from .._normal import ndtr
-from ..head import PosteriorModel
+from ..model import PosteriorModel
 from ..posterior import Posterior
 from ..spaces import Space
 from .conditioned import ConditionedEncoder

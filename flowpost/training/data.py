@@ -20,8 +20,8 @@ from torch.utils.data import (
 from .._checks import as_tensor, check_finite
 from .._events import Batch, TensorEvents, chosen, joined, to_batch
 from ..encoders import Encoder
-from ..head import PosteriorModel
 from ..masks import known_coordinates, read_mask
+from ..model import PosteriorModel
 
 __all__ = [
     "Batch",

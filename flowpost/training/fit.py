@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from .._checks import check_positive_int, require
-from ..head import PosteriorHead, PosteriorModel
+from ..head import PosteriorHead
 from ..masks import read_mask
+from ..model import PosteriorModel
 from .data import (
     Batch,
     EpochBatches,

@@ -15,7 +15,8 @@ from .._checks import as_tensor, require
 from .._normal import chi2_level
 from .._weights import check_weights, weighted_mean
 from ..diagnostics import LevelCoverage, level_coverage
-from ..head import PosteriorHead, PosteriorModel
+from ..head import PosteriorHead
+from ..model import PosteriorModel
 from .data import to_batch
 from .history import Epoch
 
