@@ -50,20 +50,6 @@ def train(telescope, events, epochs):
     return model
 
 
-def plot(p_good, p_bad, threshold, path):
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    bins = torch.linspace(0, 1, 26).numpy()
-    for p, name in ((p_good, "good events"), (p_bad, "coincident pairs")):
-        ax.hist(p.numpy(), bins, density=True, histtype="step", lw=1.5, label=name)
-    ax.axvline(threshold, color="k", ls=":", lw=1, label=f"cut at {threshold:g}")
-    ax.set(xlabel="calibrated p-value", ylabel="density", yscale="log", xlim=(0, 1))
-    ax.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("filtered"))
@@ -97,7 +83,9 @@ def main() -> None:
     print(
         f"coincident pairs: {100 * float((p_bad < cut.threshold).double().mean()):.1f} % rejected"
     )
-    plot(p_good, p_bad, cut.threshold, args.out / "p_values.png")
+    parts = {"good events": p_good, "coincident pairs": p_bad}
+    ax = fp.plots.plot_p_values(parts, threshold=cut.threshold)
+    ax.figure.savefig(args.out / "p_values.png", dpi=150)
     print(f"wrote {args.out}/filter.safetensors, decisions.pt and p_values.png")
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from .._checks import check_positive_int
 from ..likelihood import ExtendedModel
 from .predictive import check_model, count_of, p_value, seeded
 from .scores import ContextDensity, contexts, typicality
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["CalibratedP", "Calibrator"]
 
@@ -59,6 +62,12 @@ class CalibratedP:
             f"{100 * float((self.p < t).double().mean()):.2f} %" for t in (0.01, 0.05, 0.5)
         )
         return f"Calibrated p of {len(self)} events: below 0.01, 0.05 and 0.5: {shares}"
+
+    def plot(self, ax: Axes | None = None, *, bins: int = 20) -> Axes:
+        """Draw the distribution of p against the uniform; see `flowpost.plots.plot_p_values`."""
+        from ..plots import plot_p_values
+
+        return plot_p_values(self, ax, bins=bins)
 
     def __repr__(self) -> str:
         return f"CalibratedP(N={len(self)}, of {', '.join(self.each)})"

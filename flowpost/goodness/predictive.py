@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from .._events import chosen, mapped, sizes
 from .._progress import progress_bar
 from ..likelihood import BoundLikelihood, ExtendedModel
 from ..posterior import Posterior
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["PredictiveP", "evaluating", "events_at", "p_value", "replicas", "seeded"]
 
@@ -78,6 +81,12 @@ class PredictiveP:
             f"uniform by construction: see Calibrator); {int(self.draws.min())} to "
             f"{int(self.draws.max())} draws"
         )
+
+    def plot(self, ax: Axes | None = None, *, bins: int = 20) -> Axes:
+        """Draw the distribution of p against the uniform; see `flowpost.plots.plot_p_values`."""
+        from ..plots import plot_p_values
+
+        return plot_p_values(self, ax, bins=bins)
 
     def __repr__(self) -> str:
         return f"PredictiveP(N={len(self)})"

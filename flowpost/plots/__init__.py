@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowpost.plots.corner import plot_corner
 from flowpost.plots.coverage import plot_coverage, plot_pulls, plot_ranks
 from flowpost.plots.gallery import plot_gallery
+from flowpost.plots.goodness import plot_p_values
 from flowpost.plots.history import plot_history
 from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
 from flowpost.plots.skymap import plot_skymap, plot_zoom
@@ -19,6 +20,7 @@ __all__ = [
     "plot_coverage",
     "plot_gallery",
     "plot_history",
+    "plot_p_values",
     "plot_pulls",
     "plot_ranks",
     "plot_skymap",
