@@ -109,10 +109,8 @@ def labels_2d(events: Any) -> Tensor:
     return torch.cat([events.z, events.angle[:, None]], 1)
 
 
-def images_model(args: Any) -> tuple[Telescope, ExtendedModel]:
-    telescope = Telescope()
-    events = telescope.sample(args.events, seed=1000 + args.seed)
-    torch.manual_seed(args.seed)
+def model_2d(telescope: Telescope, seed: int) -> ExtendedModel:
+    torch.manual_seed(seed)
     likelihood = PoissonCounts(
         SPACE_2D,
         telescope.image_shape,
@@ -120,7 +118,27 @@ def images_model(args: Any) -> tuple[Telescope, ExtendedModel]:
         position="position",
         direction="angle",
     )
-    model = ExtendedModel(fp.encoders.CNN(4, 64), fp.PosteriorHead(64, SPACE_2D), likelihood)
+    return ExtendedModel(fp.encoders.CNN(4, 64), fp.PosteriorHead(64, SPACE_2D), likelihood)
+
+
+def bad_events(telescope: Any, tracks: Any, args: Any) -> dict[str, Any]:
+    """Good events, and kinds that the simulation does not contain, by name."""
+    good, other = (telescope.sample(args.bad, seed=s + args.seed) for s in (5000, 6000))
+    return {
+        "good": good,
+        "overlay": anomalies.overlay(good, other),
+        "dead string, brightest": anomalies.dead_string(telescope, good, "brightest"),
+        "dead string, random": anomalies.dead_string(telescope, good, seed=8000),
+        "noise × 3": telescope.sample(args.bad, seed=9000, nuisance={"noise": 3.0}),
+        "light × 1.5": telescope.sample(args.bad, seed=9100, nuisance={"light_yield": 1.5}),
+        "track": tracks,
+    }
+
+
+def images_model(args: Any) -> tuple[Telescope, ExtendedModel]:
+    telescope = Telescope()
+    events = telescope.sample(args.events, seed=1000 + args.seed)
+    model = model_2d(telescope, args.seed)
     train(model, (events.images, labels_2d(events)), args)
     fresh = telescope.sample(2000, seed=2000 + args.seed)
     with torch.no_grad():
@@ -136,21 +154,12 @@ def images(args: Any) -> None:
     held = telescope.sample(args.held, seed=3000 + args.seed)
     fresh = telescope.sample(args.fresh, seed=4000 + args.seed)
     calibrator = uniformity(model, held.images, fresh.images, args)
-    good, other = (telescope.sample(args.bad, seed=s + args.seed) for s in (5000, 6000))
     low, high = telescope.energy_range
-    median = math.sqrt(low * high)
-    tracks = anomalies.track_like(telescope, good.z, good.angle, seed=7000)
+    z, angle = telescope.sample_prior(args.bad, seed=7000)
+    tracks = anomalies.track_like(telescope, z, angle, seed=7100)
     print("power at 1 % loss, %: upper half of energies / all")
-    for name, events in {
-        "good": good,
-        "overlay": anomalies.overlay(good, other),
-        "dead string, brightest": anomalies.dead_string(telescope, good, "brightest"),
-        "dead string, random": anomalies.dead_string(telescope, good, seed=8000),
-        "noise × 3": telescope.sample(args.bad, seed=9000, nuisance={"noise": 3.0}),
-        "light × 1.5": telescope.sample(args.bad, seed=9100, nuisance={"light_yield": 1.5}),
-        "track": tracks,
-    }.items():
-        power(calibrator, name, events.images, events.z[:, 2], median)
+    for name, events in bad_events(telescope, tracks, args).items():
+        power(calibrator, name, events.images, events.z[:, 2], math.sqrt(low * high))
 
 
 def hits(args: Any) -> None:
@@ -172,19 +181,10 @@ def hits(args: Any) -> None:
     held = telescope.sample(args.held, seed=3000 + args.seed)
     fresh = telescope.sample(args.fresh, seed=4000 + args.seed)
     calibrator = uniformity(model, (held.hits, held.lengths), (fresh.hits, fresh.lengths), args)
-    good, other = (telescope.sample(args.bad, seed=s + args.seed) for s in (5000, 6000))
     low, high = telescope.energy_range
-    track = Telescope3D(kind="track")
+    tracks = Telescope3D(kind="track").sample(args.bad, seed=9200)
     print("power at 1 % loss, %: upper half of energies / all")
-    for name, events in {
-        "good": good,
-        "overlay": anomalies.overlay(good, other),
-        "dead string, brightest": anomalies.dead_string(telescope, good, "brightest"),
-        "dead string, random": anomalies.dead_string(telescope, good, seed=8000),
-        "noise × 3": telescope.sample(args.bad, seed=9000, nuisance={"noise": 3.0}),
-        "light × 1.5": telescope.sample(args.bad, seed=9100, nuisance={"light_yield": 1.5}),
-        "track": track.sample(args.bad, seed=9200),
-    }.items():
+    for name, events in bad_events(telescope, tracks, args).items():
         x = (events.hits, events.lengths)
         power(calibrator, name, x, events.z[:, 0], math.sqrt(low * high))
 
@@ -194,15 +194,7 @@ def cost(args: Any) -> None:
     torch.set_num_threads(args.threads)
     telescope = Telescope()
     events = telescope.sample(10_000, seed=args.seed)
-    torch.manual_seed(args.seed)
-    likelihood = PoissonCounts(
-        SPACE_2D,
-        telescope.image_shape,
-        sensors=telescope.sensors,
-        position="position",
-        direction="angle",
-    )
-    model = ExtendedModel(fp.encoders.CNN(4, 64), fp.PosteriorHead(64, SPACE_2D), likelihood)
+    model = model_2d(telescope, args.seed)
     small = events[:1000]
     fp.fit(model, (small.images, labels_2d(small)), epochs=20, seed=args.seed, progress=False)
     generator = torch.Generator().manual_seed(args.seed)
