@@ -1,19 +1,9 @@
 """flowpost: replace the MSE regression head of a network by a calibrated posterior."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import (
-    diagnostics,
-    directions,
-    encoders,
-    goodness,
-    likelihood,
-    losses,
-    simulators,
-    skymap,
-    systematics,
-)
+from . import diagnostics, directions, encoders, losses
 from .diagnostics import coverage
 from .head import PosteriorHead
 from .io import load, save
@@ -22,14 +12,23 @@ from .posterior import Posterior
 from .spaces import Circle, Interval, Positive, Product, Real, Sphere
 from .training import fit
 
+if TYPE_CHECKING:
+    from . import goodness, likelihood, simulators, skymap, systematics
+
 __version__ = "0.1.0"
+
+# imported when they are first asked for: a training needs none of them
+_LATER = ("goodness", "likelihood", "plots", "simulators", "skymap", "systematics")
 
 
 def __getattr__(name: str) -> Any:
-    # matplotlib is imported by those who plot
-    if name == "plots":
-        return import_module(".plots", __name__)
+    if name in _LATER:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 __all__ = [

@@ -144,6 +144,10 @@ def test_every_module_has_all_and_a_docstring(path):
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             defined |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            # what a module of this name gives on being asked
+            later = [n for n in node.body if isinstance(n, ast.ImportFrom)]
+            defined |= {a.name for n in later for a in n.names}
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             defined |= {t.id for t in targets if isinstance(t, ast.Name)}
@@ -231,3 +235,17 @@ assert logging.getLogger().level == level
 print("untouched")
 """
     assert run(code) == "untouched"
+
+
+def test_parts_are_imported_when_asked_for():
+    code = """
+import sys, flowpost
+later = ("goodness", "simulators", "skymap", "systematics", "plots")
+assert not any(f"flowpost.{name}" in sys.modules for name in later)
+for name in later:
+    assert name in dir(flowpost)
+    assert getattr(flowpost, name).__name__ == f"flowpost.{name}"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = flowpost.nothing
