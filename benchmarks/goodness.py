@@ -1,6 +1,6 @@
 r"""How well the goodness of fit tells bad events from good ones, and what it costs.
 
-    python benchmarks/goodness.py gaussian       # exact model: p-values of trained networks
+    python benchmarks/goodness.py gaussian       # exact model: p-values of trained networks, slow
     python benchmarks/goodness.py images         # telescope images: uniformity, power at 1 % loss
     python benchmarks/goodness.py hits           # hits of the three-dimensional telescope
     python benchmarks/goodness.py cost           # 10 000 events × 200 draws against the bare p(x|z)
