@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor", "check_finite", "check_positive_int", "check_shape", "require"]
+__all__ = [
+    "as_tensor",
+    "central_levels",
+    "check_finite",
+    "check_levels",
+    "check_positive_int",
+    "check_shape",
+    "require",
+]
 
 
 def as_tensor(value: Any, name: str, like: Tensor | None = None) -> Tensor:
@@ -86,6 +94,29 @@ def check_positive_int(value: Any, name: str, minimum: int = 1) -> int:
     if isinstance(value, bool) or int(value) != value or value < minimum:
         raise ValueError(f"Expected {name} as a whole number of at least {minimum}; got {value!r}.")
     return int(value)
+
+
+def check_levels(levels: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return levels as a tensor (Q,).
+
+    Raises:
+        ValueError: If one is not in (0, 1).
+    """
+    p = as_tensor(levels, "levels").to(device, dtype).reshape(-1)
+    if not bool(((p > 0) & (p < 1)).all()):
+        raise ValueError(f"Expected levels between 0 and 1; got {p.tolist()}.")
+    return p
+
+
+def central_levels(level: float) -> list[float]:
+    """Levels of the two ends of a central interval.
+
+    Raises:
+        ValueError: If the level is not in (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"Expected level between 0 and 1; got {level!r}.")
+    return [(1 - level) / 2, (1 + level) / 2]
 
 
 def require(module: str, extra: str) -> ModuleType:

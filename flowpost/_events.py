@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ._checks import as_tensor
 
-__all__ = ["Batch", "TensorEvents", "chosen", "joined", "mapped", "sizes", "to_batch"]
+__all__ = ["Batch", "TensorEvents", "called", "chosen", "joined", "mapped", "sizes", "to_batch"]
 
 _FORMS = (
     "Give labels alone (context=0), a tuple (x, z), (x, z, weight) or (x, z, weight, mask), or a "
@@ -68,6 +68,13 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 def chosen(value: Any, events: Tensor) -> Any:
     """Rows of tensors, or of tuples and dicts of them, at indices or where a mask is True."""
     return mapped(value, lambda t: torch.as_tensor(t)[events])
+
+
+def called(function: Callable[..., Any], x: Any) -> Any:
+    """What a function makes of inputs: tuples and dicts of them are its arguments."""
+    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
+        return function(*x)
+    return function(**x) if isinstance(x, dict) else function(x)
 
 
 def sizes(value: Any) -> Iterator[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import as_tensor
+from ._events import called
 from ._weights import weighted_mean
 from .encoders import Encoder
 from .head import PosteriorHead
@@ -74,11 +75,7 @@ class PosteriorModel(nn.Module):
         own = next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), None)
         if own is not None:
             x = _cast(x, own)
-        if isinstance(x, (tuple, list)) and not hasattr(x, "batch_sizes"):
-            return self.encoder(*x)
-        if isinstance(x, dict):
-            return self.encoder(**x)
-        return self.encoder(x)
+        return called(self.encoder, x)
 
     def forward(self, x: Any, *, reference: Any = None) -> Posterior:
         """The posterior of each event of a batch of inputs x; None for an unconditional density.

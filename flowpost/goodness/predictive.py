@@ -18,7 +18,7 @@ supervised learning and VAEs*, 2020, https://arxiv.org/abs/2008.05825, section 5
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,15 @@ from ..posterior import Posterior
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PredictiveP", "evaluating", "events_at", "p_value", "replicas", "seeded"]
+__all__ = [
+    "PredictiveP",
+    "evaluating",
+    "events_at",
+    "over_events",
+    "p_value",
+    "replicas",
+    "seeded",
+]
 
 # numbers of the likelihood held at once
 _CHUNK = 2**22
@@ -125,18 +133,35 @@ def p_value(
     most = check_positive_int(draws, "draws", minimum=2)
     if max_draws is not None:
         most = check_positive_int(max_draws, "max_draws", minimum=draws)
+    generator = seeded(seed)
+
+    def sums(q: Posterior, context: Tensor | None, data: Any) -> tuple[Tensor, ...]:
+        return _counts(model, q, context, data, draws, most, generator)
+
+    return _result(*over_events(model, x, reference, draws, sums, "p-values", progress))
+
+
+def over_events(
+    model: ExtendedModel,
+    x: Any,
+    reference: Any,
+    draws: int,
+    ask: Callable[[Posterior, Tensor | None, Any], tuple[Tensor, ...]],
+    name: str,
+    progress: bool,
+) -> list[Tensor]:
+    """What is asked of posterior, context and data of events, of all, worked on in portions."""
     total = count_of(x)
     device = next(model.parameters()).device
-    generator = seeded(seed)
     found = []
-    with evaluating(model), progress_bar(total, "p-values", progress) as bar:
+    with evaluating(model), progress_bar(total, name, progress) as bar:
         for rows in event_chunks(model, total, draws):
             part, guess = events_at(x, rows, device), events_at(reference, rows, device)
-            q, context = bind(model, part, guess)
-            counts = _counts(model, q, context, part, draws, most, generator)
-            found.append(counts)
+            context = model.encode(part)
+            q = model.head(context, reference=guess, validate_args=False)
+            found.append(ask(q, context, model.measured(part)))
             bar.update(len(rows))
-    return _result(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -196,12 +221,6 @@ def events_at(x: Any, rows: Tensor, device: torch.device) -> Any:
     return mapped(x, lambda t: (t := torch.as_tensor(t))[rows.to(t.device)].to(device))
 
 
-def bind(model: ExtendedModel, x: Any, reference: Any) -> tuple[Posterior, Tensor | None]:
-    """Posterior and context of events: the encoder runs once."""
-    context = model.encode(x)
-    return model.head(context, reference=reference, validate_args=False), context
-
-
 def replicas(
     model: ExtendedModel,
     q: Posterior,
@@ -225,13 +244,12 @@ def _counts(
     model: ExtendedModel,
     q: Posterior,
     context: Tensor | None,
-    x: Any,
+    data: Any,
     draws: int,
     most: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, ...]:
     """Sums over draws for each event, with more draws where few are on one side."""
-    data = model.measured(x)
     events, device = q.batch_shape.numel(), q.device
     sums = torch.zeros(6, events, dtype=torch.float64, device=device)
     labels = None

@@ -21,16 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import as_tensor, check_positive_int, check_shape
-from .._progress import progress_bar
 from ..likelihood import ExtendedModel
 from ..model import PosteriorModel
+from ..posterior import Posterior
 from .predictive import (
-    bind,
     check_model,
     count_of,
     evaluating,
-    event_chunks,
     events_at,
+    over_events,
     replicas,
     seeded,
 )
@@ -68,27 +67,21 @@ def typicality(
     """
     check_model(model)
     check_positive_int(draws, "draws")
-    total = count_of(x)
-    device = next(model.parameters()).device
     generator = seeded(seed)
-    found = []
-    with evaluating(model), progress_bar(total, "typicality", progress) as bar:
-        for rows in event_chunks(model, total, draws):
-            part, guess = events_at(x, rows, device), events_at(reference, rows, device)
-            q, context = bind(model, part, guess)
-            data = model.measured(part)
-            sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
-            for _, bound in replicas(model, q, context, draws, generator):
-                value, known = bound.residuals(data, generator)
-                square = value.double().square()
-                if known is not None:
-                    square = torch.where(known, square, 0.0)
-                size = torch.full_like(square, 1.0) if known is None else known.to(square)
-                level = torch.special.gammainc(size.sum(-1) / 2, square.sum(-1) / 2)
-                sums += (2 * torch.minimum(level, 1 - level)).sum(0)
-            found.append((sums / draws).cpu())
-            bar.update(len(rows))
-    return torch.cat(found)
+
+    def mean(q: Posterior, context: Tensor | None, data: Any) -> tuple[Tensor, ...]:
+        sums = torch.zeros(q.batch_shape, dtype=torch.float64, device=q.device)
+        for _, bound in replicas(model, q, context, draws, generator):
+            value, known = bound.residuals(data, generator)
+            square = value.double().square()
+            if known is not None:
+                square = torch.where(known, square, 0.0)
+            size = torch.full_like(square, 1.0) if known is None else known.to(square)
+            level = torch.special.gammainc(size.sum(-1) / 2, square.sum(-1) / 2)
+            sums += (2 * torch.minimum(level, 1 - level)).sum(0)
+        return ((sums / draws).cpu(),)
+
+    return over_events(model, x, reference, draws, mean, "typicality", progress)[0]
 
 
 def contexts(model: PosteriorModel, x: Any) -> Tensor:

@@ -70,11 +70,11 @@ class PoissonCounts(Likelihood):
         layers: int | None = None,
     ) -> None:
         sizes = [shape] if isinstance(shape, int) else list(shape)
-        self_shape = tuple(check_positive_int(n, "shape") for n in sizes)
-        if not self_shape:
+        dimensions = tuple(check_positive_int(n, "shape") for n in sizes)
+        if not dimensions:
             raise ValueError("Expected shape of at least one dimension; got ().")
         own = {"hidden": hidden, "layers": layers}
-        cells = math.prod(self_shape)
+        cells = math.prod(dimensions)
         if decoder is not None and sensors is not None:
             raise ValueError("Expected a decoder or sensors; got both. A decoder has its own.")
         if sensors is None and (position is not None or direction is not None):
@@ -84,20 +84,20 @@ class PoissonCounts(Likelihood):
             )
         if sensors is not None:
             features = SensorFeatures(space, sensors, position, direction)
-            channels = _channels(self_shape, len(features.sensors))
+            channels = _channels(dimensions, len(features.sensors))
             decoder_of: nn.Module = SensorDecoder(features, channels, hidden or 32, layers or 2)
             own = {**own, **features.options}
         else:
             decoder_of = decoder or LabelEncoder(space, cells, hidden or 128, layers or 3)
-        super().__init__(space, shape=list(self_shape), **own)
-        self.shape = torch.Size(self_shape)
+        super().__init__(space, shape=list(dimensions), **own)
+        self.shape = torch.Size(dimensions)
         self.custom = decoder is not None
         self.decoder = decoder_of
         self.register_buffer("log_mean", torch.zeros(self.shape.numel()))
 
     def fit_scale(self, x: Any, z: Any) -> PoissonCounts:
         """Set the scales from counts (N, \\*shape) and labels (N, D) of the training part."""
-        mean = self._counts(x).double().mean(0)
+        mean = check_counts(x, self.shape, self.log_mean).double().mean(0)
         # a cell that never saw anything: half a count in all events
         mean = mean.clamp_min(0.5 / len(x))
         if not self.custom:
@@ -114,10 +114,6 @@ class PoissonCounts(Likelihood):
         if isinstance(self.decoder, SensorDecoder):
             return self.decoder.size
         return self.shape.numel()
-
-    def _counts(self, x: Any) -> Tensor:
-        """Counts (*batch, cells)."""
-        return check_counts(x, self.shape, self.log_mean)
 
     def log_rate(self, z: Tensor) -> Tensor:
         """Logarithm of the expected counts (*batch, cells) of labels (*batch, D)."""

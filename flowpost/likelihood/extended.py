@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .._checks import as_tensor
+from .._events import called
 from ..head import PosteriorHead
 from ..losses import likelihood_loss
 from ..model import EventLoss, PosteriorModel
@@ -103,11 +104,7 @@ class ExtendedModel(PosteriorModel):
 
     def measured(self, x: Any) -> Any:
         """The data of the likelihood, of the encoder's input."""
-        if self.data is None:
-            return x
-        if isinstance(x, dict):
-            return self.data(**x)
-        return self.data(*x) if isinstance(x, (tuple, list)) else self.data(x)
+        return x if self.data is None else called(self.data, x)
 
     def event_loss(
         self, x: Any, z: Any, mask: Any = None, *, reference: Any = None, base: bool = False

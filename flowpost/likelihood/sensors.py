@@ -98,7 +98,7 @@ class SensorNetwork(nn.Module):
         super().__init__()
         check_positive_int(hidden, "hidden")
         check_positive_int(layers, "layers")
-        self.features, self.hidden = features, hidden
+        self.features = features
         self.register_buffer("loc", torch.zeros(features.size))
         self.register_buffer("scale", torch.ones(features.size))
         self.skip = nn.Linear(features.size, outputs)
@@ -130,14 +130,10 @@ class SensorNetwork(nn.Module):
         of_labels, of_sensors = weight.split(
             [self.features.shared, self.features.size - self.features.shared], 1
         )
-        shared = F.linear(self.space_features(z), of_labels, bias)[..., None, :]
+        shared = F.linear(self.features.space.features(z), of_labels, bias)[..., None, :]
         rows = F.linear(self.features.seen(z, index), of_sensors) + shared
         hidden, straight = rows.split([first.out_features, self.skip.out_features], -1)
         return straight + rest(F.silu(hidden))
-
-    def space_features(self, z: Tensor) -> Tensor:
-        """Labels (*batch, D) as the network reads them."""
-        return self.features.space.features(z)
 
 
 def _named(block: Block, name: str) -> bool:

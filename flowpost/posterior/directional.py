@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._checks import as_tensor
+from .._checks import check_levels
 
 __all__ = ["DirectionMoments", "Directional"]
 
@@ -91,7 +91,7 @@ class Directional:
             ValueError: If the label is no direction, or a level is not in (0, 1).
         """
         self._direction()
-        p = _levels(levels, self.device, self.dtype)
+        p = check_levels(levels, self.device, self.dtype)
         if about is not None:
             about = self.space.validate(about, "about").to(self.device)
             about = about.expand(*self.batch_shape, 3).reshape(-1, 3)
@@ -130,7 +130,7 @@ class Directional:
             ValueError: If the label is no direction, or a level is not in (0, 1).
         """
         self._direction()
-        p = _levels(levels, self.device, self.dtype)
+        p = check_levels(levels, self.device, self.dtype)
 
         def areas(_: Tensor, log_prob: Tensor) -> tuple[Tensor, ...]:
             falling = log_prob.double().sort(dim=0, descending=True).values
@@ -160,13 +160,6 @@ class Directional:
         self._direction()
         parts = self._reduce(lambda z, _: _moments(self.space.mean(z), z), draws, generator)
         return DirectionMoments(*parts)
-
-
-def _levels(levels: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    p = as_tensor(levels, "levels").to(device, dtype).reshape(-1)
-    if not bool(((p > 0) & (p < 1)).all()):
-        raise ValueError(f"Expected levels between 0 and 1; got {p.tolist()}.")
-    return p
 
 
 def _moments(mean: Tensor, z: Tensor) -> tuple[Tensor, ...]:

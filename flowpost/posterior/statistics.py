@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .._checks import as_tensor, check_positive_int
+from .._checks import central_levels, check_levels, check_positive_int
 from .summary import Summary, summarise
 
 if TYPE_CHECKING:
@@ -186,9 +186,7 @@ class Statistics:
         Raises:
             ValueError: If a level is not in (0, 1).
         """
-        p = as_tensor(levels, "levels").to(self.device, self.dtype).reshape(-1)
-        if not bool(((p > 0) & (p < 1)).all()):
-            raise ValueError(f"Expected levels between 0 and 1; got {p.tolist()}.")
+        p = check_levels(levels, self.device, self.dtype)
         if self._exact_line():
             with torch.no_grad():
                 return self.icdf(p.reshape(-1, *[1] * len(self.batch_shape)))
@@ -219,9 +217,7 @@ class Statistics:
         Raises:
             ValueError: If the level is not in (0, 1).
         """
-        if not 0 < level < 1:
-            raise ValueError(f"Expected level between 0 and 1; got {level!r}.")
-        low, high = self.quantile([(1 - level) / 2, (1 + level) / 2], draws, generator)
+        low, high = self.quantile(central_levels(level), draws, generator)
         return low, high
 
     def entropy(self, draws: int = _DRAWS, generator: torch.Generator | None = None) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from .._checks import as_tensor, check_finite, check_positive_int
+from .._checks import as_tensor, central_levels, check_finite, check_levels, check_positive_int
 from .._events import chosen, mapped, sizes
 from .._normal import ndtr
 from ..model import PosteriorModel
@@ -205,9 +205,7 @@ class Marginal(Distribution):
         Raises:
             ValueError: If a level is not in (0, 1).
         """
-        p = as_tensor(levels, "levels").reshape(-1).to(self._context)
-        if not bool(((p > 0) & (p < 1)).all()):
-            raise ValueError(f"Expected levels between 0 and 1; got {p.tolist()}.")
+        p = check_levels(levels, self._context.device, self._context.dtype)
         draws = check_positive_int(draws, "draws", minimum=2)
         return self._moment(
             lambda z: torch.quantile(self.space.unwrap(z), p.to(z), 0).movedim(0, 1),
@@ -223,9 +221,7 @@ class Marginal(Distribution):
         Raises:
             ValueError: If the level is not in (0, 1).
         """
-        if not 0 < level < 1:
-            raise ValueError(f"Expected level between 0 and 1; got {level!r}.")
-        low, high = self.quantile([(1 - level) / 2, (1 + level) / 2], draws, generator)
+        low, high = self.quantile(central_levels(level), draws, generator)
         return low, high
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -18,14 +18,13 @@ from torch.utils.data import (
 )
 
 from .._checks import as_tensor, check_finite
-from .._events import Batch, TensorEvents, chosen, joined, to_batch
+from .._events import Batch, TensorEvents, called, chosen, joined, to_batch
 from ..encoders import Encoder
 from ..masks import known_coordinates, read_mask
 from ..model import PosteriorModel
 
 __all__ = [
     "Batch",
-    "apply",
     "check_events",
     "chosen",
     "fixed",
@@ -146,17 +145,7 @@ def _check_inputs(encoder: Any, x: Any) -> None:
     if encoder is None and x is not None:
         check_finite(as_tensor(x, "x"), "x", "Correct or remove such events.")
     elif isinstance(encoder, Encoder):
-        apply(encoder.check, x)
-
-
-def apply(function: Callable[..., Any], x: Any) -> None:
-    """Call a function with inputs as an encoder takes them."""
-    if isinstance(x, dict):
-        function(**x)
-    elif isinstance(x, (tuple, list)) and not hasattr(x, "batch_sizes"):
-        function(*x)
-    else:
-        function(x)
+        called(encoder.check, x)
 
 
 def fixed(data: Any) -> Any:

@@ -15,13 +15,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from .._checks import check_positive_int, require
+from .._events import called
 from ..head import PosteriorHead
 from ..masks import read_mask
 from ..model import PosteriorModel
 from .data import (
     Batch,
     EpochBatches,
-    apply,
     check_events,
     chosen,
     fixed,
@@ -311,7 +311,7 @@ def _fit_scales(model: PosteriorModel, train: Any, batches: Any) -> None:
             reference = chosen(reference, known)
         model.head.fit_scale(z, weight, reference)
     if wanted:
-        apply(encoder.fit_scale, batch.x)  # type: ignore[union-attr, arg-type]
+        called(encoder.fit_scale, batch.x)  # type: ignore[union-attr, arg-type]
 
 
 def _trainer(

@@ -51,8 +51,9 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_tensor, check_shape
+from .._hits import check_hits
 from .._nuisance import Factors, check_nuisance
-from .checks import check_hits, check_images, check_labels
+from .checks import check_images, check_labels
 
 __all__ = ["Channels", "Response"]
 
@@ -349,7 +350,9 @@ class Response:
             ValueError: If shapes differ from these, or a hit is at no sensor or outside the times.
         """
         window = self.time_edges[0], self.time_edges[-1]
-        return check_hits(hits, lengths, (self.columns, self.rows), self.spacing, window, like)
+        counts, spacings = (self.columns, self.rows), (self.spacing, self.spacing)
+        form = "sensor x, sensor y, time"
+        return check_hits(hits, lengths, counts, spacings, window, form, like)
 
 
 _POSITIVE = (

@@ -58,8 +58,9 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_tensor, check_shape
+from .._hits import check_hits
 from .._nuisance import Factors, check_nuisance
-from .checks import check_hits, check_labels
+from .checks import check_labels
 
 __all__ = ["LIGHT_SPEED", "Light", "Response3D"]
 
@@ -303,7 +304,8 @@ class Response3D:
             ValueError: If shapes differ from these, or a hit is at no sensor or outside the window.
         """
         counts = (*self.strings, self.sensors_per_string)
-        return check_hits(hits, lengths, counts, self._spacings, self.window, like)
+        form = "sensor x, y, z, time"
+        return check_hits(hits, lengths, counts, self._spacings, self.window, form, like)
 
     def _intensity(self, hits: Tensor, z: Tensor, factors: Factors | None) -> Tensor:
         light = self.light(z, hits[..., :3], factors)
