@@ -14,7 +14,17 @@ from torch.utils.data import Dataset
 
 from ._checks import as_tensor
 
-__all__ = ["Batch", "TensorEvents", "called", "chosen", "joined", "mapped", "sizes", "to_batch"]
+__all__ = [
+    "Batch",
+    "TensorEvents",
+    "called",
+    "chosen",
+    "joined",
+    "leaves",
+    "mapped",
+    "sizes",
+    "to_batch",
+]
 
 _FORMS = (
     "Give labels alone (context=0), a tuple (x, z), (x, z, weight) or (x, z, weight, mask), or a "
@@ -77,15 +87,20 @@ def called(function: Callable[..., Any], x: Any) -> Any:
     return function(**x) if isinstance(x, dict) else function(x)
 
 
-def sizes(value: Any) -> Iterator[int]:
-    """Events of each tensor in a value, or in a tuple or dict of values."""
+def leaves(value: Any) -> Iterator[Any]:
+    """A value, or each one in a tuple or dict of values, in their order; None is none."""
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
         for v in value:
-            yield from sizes(v)
+            yield from leaves(v)
     elif value is not None:
-        yield len(value)
+        yield value
+
+
+def sizes(value: Any) -> Iterator[int]:
+    """Events of each tensor in a value, or in a tuple or dict of values."""
+    return map(len, leaves(value))
 
 
 class TensorEvents(Dataset):
