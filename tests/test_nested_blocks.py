@@ -62,7 +62,6 @@ def test_diagnostics_take_angles_on_any_branch():
         assert str(found[0]) == str(found[1])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_encoder_of_point_clouds_has_forward_derivatives():
     encoder = fp.encoders.DeepSets(3, 4, hidden=8).eval()
     x, lengths = torch.randn(5, 6, 3), torch.tensor([6, 0, 2, 4, 1])

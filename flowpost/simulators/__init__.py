@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import anomalies
 from .directions import Directions, DirectionsPosterior
+from .inferno_toy import InfernoToy
 from .linear_gaussian import LinearGaussian
 from .posteriors import Crescents, FourModes, NoisyIdentity, Ring, WidthMixture
 from .telescope import Telescope, TelescopeEvents, TelescopePosterior
@@ -14,6 +15,7 @@ __all__ = [
     "Directions",
     "DirectionsPosterior",
     "FourModes",
+    "InfernoToy",
     "LinearGaussian",
     "NoisyIdentity",
     "Ring",
