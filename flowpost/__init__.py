@@ -13,12 +13,12 @@ from .spaces import Circle, Interval, Positive, Product, Real, Sphere
 from .training import fit
 
 if TYPE_CHECKING:
-    from . import goodness, likelihood, simulators, skymap, systematics
+    from . import goodness, inferno, likelihood, simulators, skymap, systematics
 
 __version__ = "0.1.0"
 
 # imported when they are first asked for: a training needs none of them
-_LATER = ("goodness", "likelihood", "plots", "simulators", "skymap", "systematics")
+_LATER = ("goodness", "inferno", "likelihood", "plots", "simulators", "skymap", "systematics")
 
 
 def __getattr__(name: str) -> Any:
@@ -47,6 +47,7 @@ __all__ = [
     "encoders",
     "fit",
     "goodness",
+    "inferno",
     "likelihood",
     "load",
     "losses",

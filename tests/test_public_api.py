@@ -11,7 +11,7 @@ import flowpost as fp
 NAMES = """
 Circle Interval Positive Posterior PosteriorHead PosteriorModel Product Real Sphere
 coverage fit load save
-diagnostics directions encoders goodness likelihood losses simulators skymap systematics
+diagnostics directions encoders goodness inferno likelihood losses simulators skymap systematics
 """
 
 MODULES = {
@@ -25,12 +25,16 @@ MODULES = {
     "Likelihood PointProcess PoissonCounts with_latents",
     "flowpost.goodness": "CalibratedP Calibrator ContextDensity Efficiency Filter PredictiveP "
     "p_value typicality",
-    "flowpost.simulators": "Crescents Directions DirectionsPosterior FourModes LinearGaussian "
-    "NoisyIdentity Ring Telescope Telescope3D Telescope3DEvents Telescope3DPosterior "
-    "TelescopeEvents TelescopePosterior WidthMixture anomalies",
+    "flowpost.simulators": "Crescents Directions DirectionsPosterior FourModes InfernoToy "
+    "LinearGaussian NoisyIdentity Ring Telescope Telescope3D Telescope3DEvents "
+    "Telescope3DPosterior TelescopeEvents TelescopePosterior WidthMixture anomalies",
     "flowpost.simulators.anomalies": "dead_string overlay track_like",
     "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
     "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
+    "flowpost.inferno": "Alternative Batches Binning CountingModel CrossEntropyLoss InfernoLoss "
+    "Information InformationAccumulator Normalisation Process Reweighting Sample SoftBins "
+    "SummaryEpoch SummaryHistory SummaryModel Transform fit hard_assign hard_information "
+    "information optimised score signal_order",
     "flowpost.training": "Epoch History fit",
     "flowpost.io": "FORMAT_VERSION load save",
 }
@@ -125,6 +129,18 @@ simulators.Telescope.simulate(self, z, angle, generator=None, seed=None, nuisanc
 simulators.Telescope3D.nuisances()
 simulators.Telescope3D.sample(self, n, generator=None, seed=None, dtype=None, nuisance=None)
 simulators.Telescope3D.simulate(self, z, generator=None, seed=None, nuisance=None)
+simulators.InfernoToy(benchmark=4, *, signal=50.0, background=1000.0)
+simulators.InfernoToy.sample(self, process, n, *, r=0.0, rate=3.0, generator=None, seed=None, \
+dtype=None)
+simulators.InfernoToy.log_prob(self, process, x, *, r=0.0, rate=3.0)
+simulators.InfernoToy.shift(x, r)
+simulators.InfernoToy.stretch(x, rate)
+simulators.InfernoToy.log_likelihood_ratio(self, x)
+simulators.InfernoToy.signal_probability(self, x)
+simulators.InfernoToy.information(self)
+simulators.InfernoToy.expected_counts(self, edges)
+simulators.InfernoToy.binned_information(self, edges)
+simulators.InfernoToy.limit(self, edges=None)
 simulators.anomalies.overlay(events, others)
 simulators.anomalies.dead_string(telescope, events, string='random', generator=None, seed=None)
 simulators.anomalies.track_like(telescope, z, angle, length=100.0, pieces=10, generator=None, \

@@ -9,6 +9,7 @@ from flowpost.plots.goodness import plot_p_values
 from flowpost.plots.history import plot_history
 from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
 from flowpost.plots.skymap import plot_skymap, plot_zoom
+from flowpost.plots.summaries import plot_summary_history
 from flowpost.plots.systematics import plot_systematics
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "plot_pulls",
     "plot_ranks",
     "plot_skymap",
+    "plot_summary_history",
     "plot_systematics",
     "plot_zoom",
 ]
