@@ -24,6 +24,7 @@ from flowpost.inferno import (
     hard_assign,
     information,
     signal_order,
+    toy_model,
 )
 from flowpost.inferno.samples import blocks, split
 from flowpost.inferno.tangents import propagate
@@ -369,20 +370,8 @@ class Cells(nn.Module):
 
 
 def test_small_batches_read_too_small_a_width():
-    toy = InfernoToy()
-    model = CountingModel(
-        [Process("signal", 50.0, signal=True), Process("background", 1000.0)],
-        [
-            Transform(
-                name=name,
-                apply=apply,
-                processes="background",
-                nominal=toy.nominal[name],
-                constraint=toy.constraints[name],
-            )
-            for name, apply in (("r", toy.shift), ("rate", toy.stretch))
-        ],
-    )
+    toy = InfernoToy(3)
+    model = toy_model(toy)
     samples = {p.name: toy.sample(p.name, 20_000, seed=i) for i, p in enumerate(model.processes)}
     whole = information(model, Cells(), samples).width
 

@@ -34,7 +34,7 @@ MODULES = {
     "flowpost.inferno": "Alternative Batches Binning CountingModel CrossEntropyLoss InfernoLoss "
     "Information InformationAccumulator Normalisation Process Reweighting Sample SoftBins "
     "SummaryEpoch SummaryHistory SummaryModel Transform fit hard_assign hard_information "
-    "information optimised score signal_order",
+    "information optimised score signal_order toy_model",
     "flowpost.training": "Epoch History fit",
     "flowpost.io": "FORMAT_VERSION load save",
 }

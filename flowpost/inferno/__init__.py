@@ -10,6 +10,7 @@ from .loss import InfernoLoss, InformationAccumulator, information
 from .model import Alternative, CountingModel, Normalisation, Process, Reweighting, Transform
 from .samples import Batches, Sample
 from .summary import SoftBins, SummaryModel, hard_assign, signal_order
+from .toy import toy_model
 
 __all__ = [
     "Alternative",
@@ -36,4 +37,5 @@ __all__ = [
     "optimised",
     "score",
     "signal_order",
+    "toy_model",
 ]

@@ -52,7 +52,7 @@ class SoftBins(nn.Module):
         self,
         context: int,
         bins: int = 10,
-        temperature: float | str | Callable[[float], float] = 1.0,
+        temperature: float | str | Callable[[float], float] = 0.5,
     ) -> None:
         super().__init__()
         self.context = check_positive_int(context, "context")

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
 from .._events import joined, sizes
-from ..encoders import Tabular
+from ..encoders import _SQUASH, Tabular
 from .model import Transform
 from .samples import Block
 from .summary import SoftBins, SummaryModel
@@ -256,15 +256,10 @@ def _by_hand(
         def apply(values: Tensor, part: Block = part) -> Tensor:
             return _moved(part.x, part.moves, moves, values)
 
-        basis = torch.eye(len(moves), dtype=at.dtype, device=at.device)
-
-        def one(direction: Tensor, apply: Any = apply, at: Tensor = at) -> Any:
-            return jvp(apply, (at,), (direction,))
-
-        sides: Any = (None, 0)
-        value, tangent = vmap(one, out_dims=sides)(basis)
-        inputs.append(value)
-        tangents.append(tangent)
+        # few directions: one pass each costs less than a pass over all of them at once
+        passes: list[Any] = [jvp(apply, (at,), (v,)) for v in torch.eye(len(moves)).to(at)]
+        inputs.append(passes[0][0])
+        tangents.append(torch.stack([slope for _, slope in passes]))
     x, t = torch.cat(inputs), torch.cat(tangents, 1)
     return _layer(network, x, t)
 
@@ -315,8 +310,11 @@ def _linear(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squash(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    y, slope, *_ = jvp(module, (x,), (torch.ones_like(x),))
-    return y, t * slope[: t.shape[1]]
+    y = module(x)
+    # the derivative of asinh(a) is 1/√(1 + a²), with a the excess over the linear part
+    part = (x[: t.shape[1]] - module.loc) / module.scale
+    excess = part - part.clamp(-_SQUASH, _SQUASH)
+    return y, t * torch.rsqrt(1 + excess.square()) / module.scale
 
 
 def _dropout(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
