@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ._checks import as_tensor
-from ._events import called
+from ._events import called, mapped
 from ._weights import weighted_mean
 from .encoders import Encoder
 from .head import PosteriorHead
 from .posterior import Posterior
 
 __all__ = ["EventLoss", "PosteriorModel"]
+
+_Self = TypeVar("_Self", bound="PosteriorModel")
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -37,11 +39,15 @@ class EventLoss(NamedTuple):
         value: Loss in nats (N,).
         base: Base coordinates (N, d), arbitrary where labels are missing; or None.
         whole: Which events have all labels (N,); None where all have.
+        posterior: The part −ln q(z|x) (N,) of a loss that can have another; None where it has none.
+        data: The part of the data given the labels (N,); None where it has none.
     """
 
     value: Tensor
     base: Tensor | None = None
     whole: Tensor | None = None
+    posterior: Tensor | None = None
+    data: Tensor | None = None
 
 
 class PosteriorModel(nn.Module):
@@ -90,7 +96,37 @@ class PosteriorModel(nn.Module):
         return False
 
     def fit_scale(self, x: Any, z: Any) -> None:
-        """Set the scales of parts beside encoder and head, of inputs and labels; there are none."""
+        """Set the scales of parts beside encoder and head, of inputs and labels; there are none.
+
+        See `set_scales` for all parts.
+        """
+
+    def set_scales(
+        self: _Self, x: Any, z: Any, weight: Any = None, *, reference: Any = None
+    ) -> _Self:
+        """Set every scale that is not set yet, as `flowpost.fit` does before it trains.
+
+        That is for a loop of your own: scales of the inputs where the encoder has a `fit_scale`,
+        of the labels, and of a likelihood and latents if there are any.
+
+        Arguments:
+            x: Inputs of the training part, or of enough of it.
+            z: Their labels (N, D).
+            weight: Event weights (N,), for the scale of the labels.
+            reference: First guesses, for a head that wants them.
+
+        Raises:
+            ValueError: If inputs, labels, weights or references do not fit.
+        """
+        x = mapped(x, torch.as_tensor)
+        if self.unscaled:
+            self.fit_scale(x, z)
+        if not bool(self.head.fitted):
+            self.head.fit_scale(as_tensor(z, "labels"), weight, reference)
+        fit_encoder = getattr(self.encoder, "fit_scale", None)
+        if callable(fit_encoder) and not getattr(self.encoder, "fitted", False):
+            called(fit_encoder, x)
+        return self
 
     def own_parts(self) -> list[nn.Module]:
         """Modules of flowpost, which `flowpost.fit` lets learn at a higher rate than a user's."""

@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from likelihoods import (
@@ -309,7 +310,7 @@ def frozen(model, posterior, likelihood):
 @pytest.mark.parametrize("latent", [False, True])
 def test_frozen_parts_are_left_out(latent):
     x, z = torch.randn(20, 3), torch.randn(20, 1)
-    model = small_model(latent)
+    model = small_model(latent).eval()
     with torch.no_grad():
         posterior = -model(x).log_prob(z)
 
@@ -332,7 +333,12 @@ def test_frozen_parts_are_left_out(latent):
         ((False, False), posterior + likelihood),
     ):
         for base in (False, True):
-            value, u, _ = loss(*parts, base=base)
+            found = loss(*parts, base=base)
+            value, u = found.value, found.base
+            held = (found.posterior is not None, found.data is not None)
+            assert held == (parts if any(parts) else (True, True))
+            shares = [t for t in (found.posterior, found.data) if t is not None]
+            torch.testing.assert_close(sum(shares), value)
             torch.testing.assert_close(value.detach(), expected)
             assert (u is not None) == base
             if base:
@@ -368,6 +374,49 @@ def test_what_a_model_is_made_of():
     assert model.loss(x, z).isfinite()
 
 
+@pytest.mark.parametrize("latent", [False, True])
+def test_all_scales_in_one_call(latent):
+    """What `fit` does before it trains, for a loop of one's own."""
+    space = fp.Real(1)
+    x, z = 5 + 3 * torch.randn(200, 3), torch.randn(200, 1) - 7
+    weight = torch.rand(200)
+
+    def build():
+        torch.manual_seed(0)
+        of = with_latents(space, 1) if latent else space
+        return ExtendedModel(
+            fp.encoders.Tabular(3, 4, hidden=4, layers=1),
+            fp.PosteriorHead(4, space, "diagonal"),
+            FlowLikelihood(of, 3, "diagonal"),
+            Latent(space, 1, context=4, hidden=4) if latent else None,
+        )
+
+    model, like = build(), build()
+    assert model.set_scales(x.numpy(), z, weight) is model
+    like.fit_scale(x, z)
+    like.head.fit_scale(z, weight)
+    like.encoder.fit_scale(x)
+    for a, b in zip(model.state_dict().values(), like.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert not model.unscaled
+    assert model.encoder.fitted
+    # what is set stays
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.set_scales(2 * x, 2 * z)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    plain = fp.PosteriorModel(None, fp.PosteriorHead(3, space)).set_scales(x, z)
+    assert bool(plain.head.fitted)
+
+
+def test_a_loop_without_scales_is_told_once():
+    model, x, z = small_model(), torch.randn(20, 3), torch.randn(20, 1)
+    with pytest.warns(UserWarning, match=r"has no scales.*Call model.set_scales\(x, z\)"):
+        model.loss(x, z)
+    model.loss(x, z)
+    small_model().eval().loss(x, z)
+    small_model().set_scales(x, z).loss(x, z)
+
+
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
 def test_the_data_may_differ_from_what_the_encoder_sees(kind):
     class Pair(torch.nn.Module):
@@ -377,7 +426,7 @@ def test_the_data_may_differ_from_what_the_encoder_sees(kind):
     head = fp.PosteriorHead(3, fp.Real(1), "diagonal")
     a, b, z = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 1)
     x = {"tensor": torch.cat([a, b], 1), "tuple": (a, b), "dict": {"b": b, "a": a}}[kind]
-    model = ExtendedModel(Pair(), head, normal_likelihood(3), data=Pair())
+    model = ExtendedModel(Pair(), head, normal_likelihood(3), data=Pair()).eval()
     expected = a if kind == "tensor" else a + b
     torch.testing.assert_close(model.measured(x), expected)
     value = model.loss(x, z)
@@ -447,8 +496,18 @@ def test_joint_training():
     history = fp.fit(model, training_data(), **FIT)
     assert not model.unscaled
     check_trained(model)
-    assert history.best.val_nll == pytest.approx(sum(ENTROPY), abs=0.3)
-    assert history.best.coverage68 == pytest.approx(0.683, abs=0.1)
+    best = history.best
+    assert best.val_nll == pytest.approx(sum(ENTROPY), abs=0.3)
+    assert best.coverage68 == pytest.approx(0.683, abs=0.1)
+    # both parts of every epoch, and a name that is not that of one of them
+    assert best.val_posterior == pytest.approx(ENTROPY[0], abs=0.2)
+    for epoch in history.epochs:
+        assert epoch.val_posterior + epoch.val_data == pytest.approx(epoch.val_nll, abs=1e-5)
+    name = "loss (posterior + data)"
+    value = f"{best.val_nll:.4f} = {best.val_posterior:.4f} + {best.val_data:.4f} nats"
+    assert f"validation {name} {value}" in str(history)
+    assert history.plot()[0].get_ylabel() == f"{name} [nats]"
+    plt.close("all")
 
 
 def test_posterior_first():
@@ -456,12 +515,18 @@ def test_posterior_first():
     model.likelihood.requires_grad_(False)
     before = {k: v.clone() for k, v in model.likelihood.named_parameters()}
     first = fp.fit(model, data, **FIT)
+    assert first.loss_name == "NLL"
+    assert first.best.val_data is None
+    assert all(math.isnan(v) for v in first["val_data"])
     assert first.best.val_nll == pytest.approx(ENTROPY[0], abs=0.2)
     assert all(torch.equal(v, before[k]) for k, v in model.likelihood.named_parameters())
     model.requires_grad_(False)
     model.likelihood.requires_grad_(True)
     before = {k: v.clone() for k, v in model.head.named_parameters()}
     second = fp.fit(model, data, **FIT)
+    assert second.loss_name == "NLL of the data"
+    assert "validation NLL of the data" in str(second)
+    assert second["val_data"] == second["val_nll"]
     assert second.best.val_nll == pytest.approx(ENTROPY[1], abs=0.3)
     assert all(torch.equal(v, before[k]) for k, v in model.head.named_parameters())
     check_trained(model)

@@ -16,7 +16,7 @@ from likelihoods import (
 from scipy import stats
 
 import flowpost as fp
-from flowpost.goodness import Calibrator, Filter, typicality
+from flowpost.goodness import Calibrator, Filter, p_value, typicality
 from flowpost.goodness.calibrate import positions, sort_pairs
 from flowpost.likelihood import ExtendedModel
 
@@ -130,7 +130,7 @@ def test_each_p_is_uniform_where_contexts_are_many():
 @pytest.mark.parametrize("name", ["channels", "hits"])
 def test_calibrated_p_of_images_and_hits(name):
     model = own_model(name)
-    calibrator = Calibrator(model, ("p", "typicality"), draws=20, by="energy", bins=2)
+    calibrator = Calibrator(model, ("p", "typicality"), draws=20, max_draws=40, by="energy", bins=2)
     calibrator.fit(own_events(model, 2000, 1))
     found = calibrator.p_value(own_events(model, 2000, 2))
     assert uniform(found.p, 1000) > 0.01
@@ -217,7 +217,7 @@ def test_calibrators_travel_as_weights(by):
     assert options == {
         "statistics": list(STATISTICS),
         "draws": 10,
-        "max_draws": None,
+        "max_draws": 160,
         "by": by,
         "bins": 2 if by else 1,
     }
@@ -235,6 +235,60 @@ def test_calibrators_travel_as_weights(by):
     constant = Given(model).fit(torch.full((50, 2), 0.1)).float()
     p = constant.p_value(torch.full((5000, 2), 0.1, dtype=torch.float64)).p
     assert stats.kstest(p.numpy(), "uniform").pvalue > 0.01
+
+
+def test_small_p_gets_more_draws_unless_asked_otherwise():
+    """New and held-out ones alike; fewer events change sides where a file is cut in portions."""
+    model, held = gaussian_model(20), gaussian_events(4000, 20)
+    x, changed = gaussian_events(10_000, 20, seed=1), {}
+    for most in (None, 50):
+        calibrator = Calibrator(model, draws=50, max_draws=most).fit(held)
+        whole = calibrator.p_value(x).p < 0.01
+        parts = [calibrator.p_value(part).p for part in x.flip(0).split(1000)]
+        other = torch.cat(parts).flip(0) < 0.01
+        changed[most] = int((whole & ~other).sum()) / int(whole.sum())
+        assert calibrator.config()["max_draws"] == (most or 800)
+    assert changed[None] < 0.7 * changed[50]
+
+
+def test_a_calibrator_is_called():
+    calibrator = Calibrator(gaussian_model(3), draws=10).fit(gaussian_events(200, 3))
+    x = gaussian_events(40, 3, seed=1)
+    assert torch.equal(calibrator(x, seed=4).p, calibrator.p_value(x, seed=4).p)
+
+
+@pytest.mark.parametrize("by", [None, "z"])
+def test_no_events(by):
+    """As a production meets them: files of which nothing was left."""
+    model, x = gaussian_model(3), gaussian_events(400, 3)
+    calibrator = Calibrator(model, STATISTICS, draws=10, by=by, bins=2).fit(x)
+    none = x[:0]
+    found = calibrator.p_value(none)
+    assert found.p.shape == (0,)
+    assert found.labels.shape == (0, 1)
+    assert all(p.shape == (0,) for p in found.each.values())
+    assert str(found) == "Calibrated p of 0 events"
+    plain = p_value(model, none)
+    assert [len(getattr(plain, k)) for k in ("p", "error", "draws", "labels")] == [0] * 4
+    assert str(plain) == "Posterior-predictive p of 0 events"
+    assert typicality(model, none).shape == (0,)
+    cut = Filter(calibrator, 0.1)
+    assert cut(none).dtype == torch.bool
+    assert cut(none).shape == (0,)
+    with pytest.raises(ValueError, match="at least one event for an efficiency"):
+        cut.efficiency(none)
+    with pytest.raises(ValueError, match=r"held-out events for bins=.* got 0"):
+        calibrator.fit(none)
+
+
+def test_labels_beside_the_inputs_are_refused():
+    encoder = torch.nn.Linear(3, 3)
+    model = ExtendedModel(encoder, fp.PosteriorHead(3, fp.Real(1)), normal_likelihood(3))
+    x = gaussian_events(60, 3)
+    with pytest.raises(ValueError, match="encoder, without labels; got 2 of them, which it does"):
+        Calibrator(model).fit((x, x[:, :1]))
+    with pytest.raises(ValueError, match="without labels; got 2 of them"):
+        Calibrator(model, "context").fit((x, x[:, :1]))
 
 
 def test_what_cannot_be_evaluated_fits_worst(monkeypatch):
@@ -307,6 +361,10 @@ def test_filter_keeps_good_events():
     assert found.high == pytest.approx(exact.high, rel=1e-9)
     text = f"{100 * found.value:.2f} % of 4000 events kept"
     assert str(found).startswith(text)
+    # what the interval does not hold: the calibration is of a sample
+    assert found.held == calibrator.held == 4000
+    assert found.calibration == pytest.approx((0.05 * 0.95 / 4000) ** 0.5)
+    assert "beside it ± 0.34 % of the calibration by 4000 held-out events" in str(found)
     assert "at 100 %" not in str(cut.efficiency(good[:50]))
     assert repr(cut).startswith("Filter(\n  threshold=0.05")
 

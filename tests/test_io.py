@@ -620,7 +620,9 @@ def test_refuses_to_overwrite_other_files(tmp_path):
 
 
 def test_refuses_other_modules(tmp_path):
-    with pytest.raises(ValueError, match=r"Expected a PosteriorHead, .* or Filter; got Linear"):
+    with pytest.raises(
+        ValueError, match=r"Expected a PosteriorHead, .* or SummaryModel; got Linear"
+    ):
         fp.save(nn.Linear(2, 2), tmp_path / "run")
 
     class Tempered(fp.PosteriorHead):

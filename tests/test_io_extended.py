@@ -8,6 +8,7 @@ import pytest
 import torch
 from saved import REAL, files_of, nest, rewrite, rewrite_tensors
 from torch import nn
+from torch.distributions import MultivariateNormal
 
 import flowpost as fp
 from flowpost.goodness import Calibrator, Filter, p_value
@@ -19,6 +20,7 @@ from flowpost.likelihood import (
     PoissonCounts,
     with_latents,
 )
+from flowpost.systematics import ConditionedEncoder, MarginalModel, Nuisances, at
 
 SPACE = fp.Product(e=fp.Positive(), x=fp.Real(2), a=fp.Circle())
 SENSORS = [[-1.0, 0.1], [0.3, 0.7], [1.0, -0.7]]
@@ -231,8 +233,8 @@ def test_parts_of_different_types(path):
 def test_rebuilt_sensors_are_as_given_in_any_precision(path):
     """The typical distance of sensors enters the features: it is of their saved positions."""
     torch.manual_seed(3)
-    for at in (torch.randn(7, 2) * 1e3, torch.randn(7, 2).double(), torch.randn(7, 2).half()):
-        likelihood = PoissonCounts(SPACE, 7, sensors=at, **PLACED)
+    for place in (torch.randn(7, 2) * 1e3, torch.randn(7, 2).double(), torch.randn(7, 2).half()):
+        likelihood = PoissonCounts(SPACE, 7, sensors=place, **PLACED)
         fp.save(ExtendedModel(None, head_of(), likelihood), path)
         again = fp.load(path).likelihood
         assert again.decoder.net.features.step == likelihood.decoder.net.features.step
@@ -410,7 +412,7 @@ def test_derived_classes_are_not_saved(tmp_path):
     latents = FlowLikelihood(with_latents(SPACE, 1), 3, hidden=4)
     for other, text in (
         (Tempered(None, head_of(), likelihood), r"Expected a PosteriorHead, .* got Tempered"),
-        (Calibrator(Tempered(None, head_of(), likelihood)), r"got Calibrator \(head Post"),
+        (Calibrator(Tempered(None, head_of(), likelihood)), "got Calibrator of Tempered"),
         (Loose(Calibrator(model)), "got Loose"),
         (ExtendedModel(None, head_of(), Wide(SPACE, 3)), "of flowpost; got Wide"),
         (
@@ -710,3 +712,133 @@ def test_what_could_not_be_loaded_is_not_saved(path):
     with pytest.raises(ValueError, match="max_draws as a whole number of at least 200"):
         fp.save(Calibrator(model_of("flow")[0], max_draws=20), path)
     assert not path.exists()
+
+
+# ------------------------------------------------------------------ models told their nuisances
+
+PRIOR = Nuisances({("a", "b"): MultivariateNormal(torch.ones(2), 0.2 * torch.eye(2))})
+
+
+def told(inner=None, width=3, context=4):
+    encoder = ConditionedEncoder(inner, PRIOR, context=context)
+    model = fp.PosteriorModel(encoder, fp.PosteriorHead(context + 2, fp.Real(2), "affine"))
+    with torch.no_grad():
+        encoder.mix[-1].weight.normal_()
+        model.head.flow.weight.normal_(0, 0.3)
+    return model.eval()
+
+
+def inferred():
+    inner = fp.encoders.Tabular(3, 4, hidden=4, layers=1)
+    return fp.PosteriorModel(inner, fp.PosteriorHead(4, PRIOR.space, "diagonal")).eval()
+
+
+@pytest.mark.parametrize("own", ["an encoder", "no encoder", "one alternative of three"])
+def test_an_encoder_that_is_told_nuisances_is_built_again(own, path):
+    inner = None if own == "no encoder" else fp.encoders.Tabular(3, 4, hidden=4, layers=1)
+    model, nu = told(inner), torch.tensor([1.2, 0.7])
+    if own == "one alternative of three":
+        encoder = ConditionedEncoder(inner, 3, context=4, hidden=0).double()
+        model = fp.PosteriorModel(encoder, fp.PosteriorHead(7, fp.Real(2)).double()).eval()
+        nu = torch.eye(3)[0].double()
+    fp.save(model, path)
+    again = fp.load(path)
+    assert alike(again, model)
+    assert again.encoder.names == model.encoder.names
+    assert again.encoder.config() == model.encoder.config()
+    x, z = at(torch.randn(5, 4 if inner is None else 3).to(nu), nu), torch.zeros(5, 2).to(nu)
+    assert torch.equal(again(x).log_prob(z), model(x).log_prob(z))
+
+
+def test_one_around_a_network_of_ones_own_is_given_again(path):
+    model = told(nn.Linear(3, 4))
+    fp.save(model, path)
+    with pytest.raises(ValueError, match=r"encoder of your own, .*ConditionedEncoder. Load it"):
+        fp.load(path)
+    again = fp.load(path, encoder=ConditionedEncoder(nn.Linear(3, 4), PRIOR, context=4))
+    assert alike(again, model)
+
+
+@pytest.mark.parametrize("nuisances", ["a model", "draws"])
+def test_a_model_with_its_nuisances(nuisances, path):
+    inner = fp.encoders.Tabular(3, 4, hidden=4, layers=1)
+    of = inferred() if nuisances == "a model" else PRIOR.sample(20, seed=0)
+    both = MarginalModel(told(inner), of, draws=16).eval()
+    fp.save(both, path)
+    again = fp.load(path)
+    assert isinstance(again, MarginalModel)
+    assert again.draws == 16
+    assert alike(again, both)
+    assert not any(m.training for m in again.modules())
+    x, z = torch.randn(5, 3), torch.zeros(5, 2)
+    assert torch.equal(again(x).log_prob(z), both(x).log_prob(z))
+    with pytest.raises(ValueError, match="no encoder of your own; load it without encoder="):
+        fp.load(path, encoder=inner)
+
+
+def test_a_model_with_nuisances_and_a_network_of_ones_own_says_what_to_do(path):
+    both = MarginalModel(told(nn.Linear(3, 4)), inferred())
+    text = r"its model is another.*Save model.model and model.nuisances by themselves, and build"
+    with pytest.raises(ValueError, match=text):
+        fp.save(both, path)
+
+    class Other(MarginalModel):
+        pass
+
+    with pytest.raises(ValueError, match=r"got Other of PosteriorModel for .* their parts alone"):
+        fp.save(Other(told(), inferred()), path)
+    assert not path.exists()
+
+
+PAIRS = [
+    (lambda c: c.pop("model"), "PosteriorModel as the model of the MarginalModel"),
+    (lambda c: c["model"].update(kind="Filter"), "PosteriorModel as the model of the Marginal"),
+    (lambda c: c.update(nuisances=None), "PosteriorModel as the nuisances of the MarginalModel"),
+    (lambda c: c.update(nuisances=3), "PosteriorModel as the nuisances of the MarginalModel"),
+    (lambda c: c.update(draws=0), "draws as a whole number"),
+    (lambda c: c.pop("draws"), "cannot be built"),
+    (lambda c: c["nuisances"]["head"].update(context=10**11), "of shape"),
+    (lambda c: c["model"]["encoder"].update(context=10**11), "of shape"),
+    (lambda c: c["model"]["encoder"].update(hidden=10**11), "of shape"),
+    (lambda c: c["model"]["encoder"].update(hidden="x"), "cannot be built"),
+    (lambda c: c["model"]["encoder"].update(nuisances=10**11), "of shape"),
+    (
+        lambda c: c["model"]["encoder"].update(nuisances=["c", "d"]),
+        "of the nuisances c, d; got one",
+    ),
+    (lambda c: c["model"]["encoder"].pop("nuisances"), "cannot be built"),
+    (lambda c: c["model"]["encoder"]["encoder"].update(layers=10**9), r"at most \d+ layers"),
+    (lambda c: c["model"]["encoder"]["encoder"].update(type="as_tensor"), "an encoder of flowpost"),
+    (lambda c: c["model"]["encoder"].update(encoder="x"), "an encoder of flowpost"),
+    (
+        lambda c: c["model"]["encoder"].update(encoder=dict(c["model"]["encoder"])),
+        "an encoder of flowpost.*got .ConditionedEncoder of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), PAIRS)
+def test_malformed_pairs_are_refused_by_name(change, text, tmp_path):
+    inner = fp.encoders.Tabular(3, 4, hidden=4, layers=1)
+    fp.save(MarginalModel(told(inner), inferred()), tmp_path / "run")
+    rewrite(tmp_path / "run", change)
+    with pytest.raises(ValueError, match=text):
+        fp.load(tmp_path / "run")
+
+
+def test_a_tensor_of_neither_model_is_refused(tmp_path):
+    fp.save(MarginalModel(told(), PRIOR.sample(9, seed=0)), tmp_path / "run")
+    rewrite_tensors(tmp_path / "run", lambda t: t.update(other=torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"Tensor 'other' in .* has no place in a MarginalModel"):
+        fp.load(tmp_path / "run")
+
+
+def test_calibrators_of_before_keep_their_draws(tmp_path):
+    """Held-out events all had the same draws: new ones have them too."""
+    model, x = model_of("flow")
+    calibrator = Calibrator(model, draws=6, max_draws=6).fit(torch.cat([x] * 4))
+    fp.save(calibrator, tmp_path / "run")
+    rewrite(tmp_path / "run", lambda c: c["calibrator"].update(max_draws=None))
+    again = fp.load(tmp_path / "run")
+    assert again.max_draws == 6
+    assert torch.equal(again.p_value(x).p, calibrator.p_value(x).p)

@@ -248,3 +248,28 @@ def test_refused_decoders():
         assert found in str(error.value)
     with pytest.raises(ValueError, match=r"finite expected counts.*diverged decoder"):
         fl.PoissonCounts(fp.Real(1), 2, Constant(torch.full((2,), math.nan)))(z)
+
+
+def test_a_decoder_of_other_labels_is_named():
+    """Labels come as they are: their columns, in their units."""
+    seen = []
+
+    class Watched(torch.nn.Linear):
+        def forward(self, z):
+            seen.append(z)
+            return super().forward(z)
+
+    z = labels(4)
+    fl.PoissonCounts(SPACE, 6, Watched(4, 6)).log_prob(torch.ones(4, 6), z)
+    assert torch.equal(seen[0], z)
+    wrong = fl.PoissonCounts(SPACE, 6, torch.nn.Linear(5, 6))
+    names = r"labels \(M, 4\), the columns vertex\[0\], vertex\[1\], energy, angle; this one does"
+    with pytest.raises(ValueError, match=names):
+        wrong.log_prob(torch.ones(4, 6), z)
+
+    class Broken(torch.nn.Module):
+        def forward(self, z):
+            raise RuntimeError("its own business")
+
+    with pytest.raises(RuntimeError, match="its own business"):
+        fl.PoissonCounts(SPACE, 6, Broken()).log_prob(torch.ones(4, 6), z)

@@ -41,7 +41,20 @@ def test_several_by_name_with_a_cut():
     ax = fp.plots.plot_p_values(parts, threshold=0.01)
     text = [t.get_text() for t in ax.get_legend().get_texts()]
     assert {"good: 50 events", "bad: 40 events", "cut at 0.01"} <= set(text)
-    assert steps(ax)[1].get_data().values[0] == pytest.approx(20)
+    # a logarithmic axis with an edge on the cut, and all far below it in the first bin
+    found = [s.get_data() for s in steps(ax)]
+    edges, drawn = found[0].edges, found[0].values
+    assert ax.get_xscale() == "log"
+    assert np.isclose(edges, 0.01).sum() == 1
+    assert edges[1] == pytest.approx(0.001)
+    assert found[1].values[0] == pytest.approx(1000)
+    assert not found[1].values[1:].any()
+    exact = np.histogram(parts["good"].numpy(), [0, *edges[1:]])[0] / 50
+    np.testing.assert_allclose(drawn, exact / np.diff([0, *edges[1:]]))
+    for cut in (0.3, 0.99, 1e-4):
+        fp.plots.plot_p_values(parts, threshold=cut, bins=2)
+    with pytest.raises(ValueError, match="Expected threshold between 0 and 1"):
+        fp.plots.plot_p_values(parts, threshold=1.0)
 
 
 def test_a_result_draws_itself():
@@ -49,6 +62,7 @@ def test_a_result_draws_itself():
     _, ax = plt.subplots()
     assert found.plot(ax, bins=5) is ax
     assert len(steps(ax)[0].get_data().values) == 5
+    assert found.plot(threshold=0.05).get_xscale() == "log"
 
 
 @pytest.mark.parametrize("p", [torch.rand(0), torch.tensor([0.5, 1.5]), torch.tensor([torch.nan])])

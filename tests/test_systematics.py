@@ -167,6 +167,36 @@ def test_pack_fills_in_nominal_values():
         nuisances.pack({"a": torch.ones(2), "b": torch.ones(3)})
 
 
+def test_packed_numbers_have_the_type_of_the_nominal_values():
+    nuisances = Nuisances(a=Normal(1.0, 0.1), b=Uniform(0.0, 2.0))
+    for values in ({"b": 0.3}, {"a": [1.0, 2.0], "b": 0.5}, {}):
+        assert nuisances.pack(values).dtype == torch.float32
+    assert nuisances.pack({"a": 1.0, "b": torch.zeros(3).double()}).dtype == torch.float64
+
+
+def test_priors_are_printed_with_their_parameters():
+    nuisances = Nuisances(
+        {("a", "b"): Normal(torch.tensor([0.0, 5.0]), 0.1)},
+        c=HalfNormal(0.7),
+        d=LogNormal(0.0, 0.3),
+    )
+    assert str(nuisances) == (
+        "Nuisances((a, b)=Normal(loc=[0, 5], scale=[0.1, 0.1]), nominal 0, 5; "
+        f"c=HalfNormal(scale=0.7), nominal {nuisances.nominal[2]:g}; "
+        f"d=LogNormal(loc=0, scale=0.3), nominal {nuisances.nominal[3]:g})"
+    )
+    assert "covariance_matrix=[[" in str(Nuisances({("a", "b"): JOINT}))
+
+
+def test_data_sets_print_what_they_are():
+    simulated = Simulated(simulate, PRIOR, N, seed=3, condition=True)
+    simulated.set_epoch(2)
+    told = "condition=True, seed=3, epoch"
+    assert repr(simulated) == f"Simulated(60 items of shift, noise, {told} 2)"
+    assert repr(simulated.fixed()) == f"Simulated(60 items of shift, noise, {told} -1 for good)"
+    assert repr(Mixed(SETS)) == "Mixed(60 items of nominal, up, down, seed=0, epoch 0)"
+
+
 def test_label_space_of_nuisances():
     nuisances = Nuisances(
         {("a", "b"): JOINT}, c=Uniform(1.0, 3.0), d=Gamma(2.0, 1.0), e=LogNormal(0.0, 1.0)
@@ -564,6 +594,19 @@ def test_the_alternative_beside_the_inputs(kind, draw):
 
 MORE = (torch.zeros(N, 3), Z)
 REFUSALS = {
+    "no generator": (
+        lambda: Simulated(lambda nu: (nu, nu), PRIOR, N),
+        r"called as simulate\(nu, generator\); got one of the arguments \(nu\)",
+    ),
+    "perturbed without a generator": (
+        lambda: Perturbed((X, Z), lambda x, nu: x, PRIOR),
+        r"called as perturb\(x, nu, generator\); got one of the arguments \(x, nu\)",
+    ),
+    "x alone": (
+        lambda: Simulated(lambda nu, g: nu, PRIOR, N).batch([0]),
+        r"simulate to return inputs and labels, \(x, z\); got one of them alone",
+    ),
+    "half a seed": (lambda: Simulated(simulate, PRIOR, N, seed=1.5), "seed as a whole number; got"),
     "no function": (lambda: Simulated(3, PRIOR, N), "simulate as a function; got int"),
     "no prior": (lambda: Simulated(simulate, Normal(0.0, 1.0), N), "systematics.Nuisances; got No"),
     "no events": (lambda: Simulated(simulate, PRIOR, 0), "size as a whole number"),

@@ -1,5 +1,6 @@
 """The report on exact heads against closed forms; conditioned heads and their marginals."""
 
+import importlib
 import math
 
 import pytest
@@ -252,6 +253,14 @@ REFUSED = {
         "weights that are not negative",
     ),
     "nothing": ({"make_events": lambda nu, g: (nu[:0], nu[:0])}, "make_events; got none at aver"),
+    "no model": ({"model": prior_of(1.0)}, "got Nuisances. The order is report.model, make_ev"),
+    "a model as the events": ({"make_events": exact_model(1.0)}, "got PosteriorModel. The order"),
+    "a prior as the events": ({"make_events": prior_of(1.0)}, "got Nuisances. The order is"),
+    "no generator": (
+        {"make_events": lambda nu: (nu, nu)},
+        r"called as make_events\(nu, generator\); got one of the arguments \(nu\)",
+    ),
+    "labels alone": ({"make_events": lambda nu, g: nu}, r"make_events to return inputs and labels"),
     "unequal": ({"make_events": lambda nu, g: (nu[:3], nu)}, "as many inputs as labels"),
 }
 
@@ -261,7 +270,15 @@ def test_reports_that_are_refused(name):
     change, message = REFUSED[name]
     given = {"make_events": simulate, "prior": prior_of(1.0), "events": 50, **change}
     with pytest.raises(ValueError, match=message):
-        report(exact_model(1.0), **given)
+        report(**{"model": exact_model(1.0), **given})
+
+
+def test_one_shift_as_a_number_and_a_progress_bar(capsys):
+    result = report(exact_model(1.0), simulate, prior_of(1.0), at=2, events=500, progress=True)
+    assert [p.label for p in result.points] == ["averaged", "nominal", "shift +2σ"]
+    assert "report: 100%" in capsys.readouterr().err
+    report(exact_model(1.0), simulate, prior_of(1.0), at=(), events=10)
+    assert capsys.readouterr().err == ""
 
 
 # --------------------------------------------------------------------------------------- widths
@@ -395,7 +412,7 @@ def test_base_coordinate_of_a_marginal():
     )
 
 
-def test_marginal_of_several_labels():
+def test_marginal_of_several_labels(monkeypatch):
     """No base: the report takes highest-density regions, and they cover."""
 
     def pair(nu, generator):
@@ -415,6 +432,12 @@ def test_marginal_of_several_labels():
         held = result.averaged.coverage.coverage_at(level)
         assert held == pytest.approx(level, abs=4 * result.averaged.error(level))
     assert result.under_covered()[-1].label == "shift +2σ"
+    # each density is that of a mixture: fewer of them unless asked for
+    monkeypatch.setattr(importlib.import_module("flowpost.systematics.report"), "_SLOW_EVENTS", 40)
+    few = report(both, pair, prior_of(1.0), at=())
+    assert few.averaged.coverage.count == 40
+    assert "events: 40 at each point, for the densities are mixtures; events= for" in str(few)
+    assert "mixtures" not in str(result)
     q = both(torch.zeros(2, 2))
     assert not q.has_base
     with pytest.raises(ValueError, match="a single label on a line; this is Real"):
@@ -503,6 +526,161 @@ def test_double_precision():
     assert q.log_prob(torch.zeros(3, 1).double()).dtype == torch.float64
 
 
+def several(events=6, later=False):
+    """A `Marginal` over 8 draws, of an energy and a position or an angle that leads them."""
+    torch.manual_seed(3)
+    angle = {"angle": fp.Circle()} if later else {}
+    space = fp.Product(energy=fp.Positive(), position=fp.Real(2), **angle)
+    encoder = ConditionedEncoder(fp.encoders.Tabular(3, 4, hidden=4), prior_of(1.0), context=4)
+    model = fp.PosteriorModel(encoder, fp.PosteriorHead(5, space, "affine")).eval()
+    with torch.no_grad():
+        encoder.mix[-1].weight.normal_()
+        model.head.flow.weight.normal_(0, 0.3)
+    nu = torch.randn(8, 1)
+    return marginal(model, torch.randn(events, 3), nu), model, nu
+
+
+def test_what_a_marginal_has():
+    q, _, _ = several()
+    z = q.sample((4000,), torch.Generator().manual_seed(0))
+    assert z.shape == (4000, 6, 3)
+    below = (z < q.median).double().mean(0)
+    assert (below - 0.5).abs().max() < 0.07
+    assert torch.equal(q.median, q.quantile([0.5])[0])
+    assert q.quantile([0.1, 0.5, 0.9]).shape == (3, 6, 3)
+    entropy = -q.log_prob(z[:1000]).mean(0)
+    torch.testing.assert_close(q.entropy(2000), entropy, rtol=0, atol=0.2)
+    assert q.support.check(z).all()
+    for refused in (lambda: q.mode, lambda: q.icdf(z[0]), q.rsample):
+        with pytest.raises(ValueError, match=r"A Marginal is a mixture.*It has log_prob, sample"):
+            refused()
+    for name in ("summary", "from_base", "credibility", "angular_resolution"):
+        with pytest.raises(AttributeError, match=f"mixture over nuisances and has no {name}. It h"):
+            getattr(q, name)
+    with pytest.raises(AttributeError, match="has no attribute 'colour'"):
+        q.colour  # noqa: B018
+    with pytest.raises(ValueError, match=r"base coordinates: use diagnostics.hpd_cov"):
+        q.to_base(z[0])
+    line = marginal(conditioned(1.0), torch.zeros(4, 1), quantiles(1.0, 50))
+    at_two = torch.full((4, 1), 2.0)
+    assert torch.equal(line.to_base(at_two), line.to_base_and_log_prob(at_two)[0])
+
+
+def test_one_event_of_a_marginal():
+    q, _, _ = several()
+    one, z = q[2], q.sample((7,), torch.Generator().manual_seed(0))
+    assert one.batch_shape == ()
+    assert q[2:3].batch_shape == (1,)
+    assert q[torch.tensor(2)].batch_shape == ()
+    torch.testing.assert_close(one.log_prob(z[:, 2]), q.log_prob(z)[:, 2])
+    assert one.log_prob(z[0, 2]).shape == ()
+    assert one.sample().shape == (3,)
+    assert one.sample((5, 2)).shape == (5, 2, 3)
+    assert one.mean.shape == one.stddev.shape == one.median.shape == (3,)
+    assert one.quantile([0.2, 0.8]).shape == (2, 3)
+    assert one.entropy(16).shape == ()
+    for refused, text in ((lambda: one[0], "no batch to index"), (lambda: len(one), "no length")):
+        with pytest.raises((IndexError, TypeError), match=text):
+            refused()
+    many = one.expand((4,))
+    assert many.batch_shape == (4,)
+    torch.testing.assert_close(many.log_prob(z[:4, 2]), one.log_prob(z[:4, 2]))
+    assert hpd_coverage(one, z[:, 2], 16).count == 7
+    with pytest.raises(ValueError, match="Expected one event and a shape"):
+        q.expand((4, 6))
+    line = marginal(conditioned(1.0), torch.zeros(4, 1), quantiles(1.0, 50))[1]
+    assert line.cdf(torch.tensor(0.0)).item() == pytest.approx(0.5, abs=0.01)
+    assert line.log_prob(torch.zeros(5)).shape == (5,)
+
+
+@pytest.mark.parametrize("name", ["energy", "position", "angle"])
+def test_a_block_of_a_marginal(name):
+    """The mixture of the blocks of its components."""
+    q, model, nu = several(later=True)
+    block, z = q[name], q.sample((300,), torch.Generator().manual_seed(0))
+    columns = {"energy": [0], "position": [1, 2], "angle": [3]}[name]
+    assert block.event_shape == (len(columns),)
+    drawn = block.sample((300,), torch.Generator().manual_seed(0))
+    assert drawn.shape == (300, 6, len(columns))
+    assert block.mean.shape == block.stddev.shape == (6, len(columns))
+    if name != "angle":
+        share = (z[..., columns] < block.quantile([0.2, 0.5, 0.8])[:, None]).double().mean(1)
+        wanted = torch.tensor([0.2, 0.5, 0.8]).double()[:, None, None].expand_as(share)
+        torch.testing.assert_close(share, wanted, rtol=0, atol=0.12)
+    x = q._context
+    parts = [
+        model.head(model.encoder.append(x, one.expand(6, 1)))[name].log_prob(drawn[:3])
+        for one in nu
+    ]
+    expected = torch.stack(parts).logsumexp(0) - math.log(len(nu))
+    torch.testing.assert_close(block.log_prob(drawn[:3]), expected)
+    assert not block.has_base
+    assert block[1].batch_shape == q[1][name].batch_shape == ()
+    with pytest.raises(ValueError, match=r"the name of a block; got 'colour'. Blocks are"):
+        q["colour"]
+
+
+def test_the_leading_block_of_a_marginal_has_a_base_coordinate():
+    q = several()[0]
+    assert q["energy"].has_base
+    assert not q["position"].has_base
+    drawn = q["energy"].sample((400,), torch.Generator().manual_seed(0))
+    u = q["energy"].to_base(drawn)
+    assert u.mean().item() == pytest.approx(0.0, abs=0.1)
+    assert u.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_marginal_of_no_events():
+    q, model, nu = several()
+    for none in (q[:0], marginal(model, torch.zeros(0, 3), nu)):
+        assert none.batch_shape == (0,)
+        assert none.sample((4,)).shape == (4, 0, 3)
+        assert none.log_prob(torch.ones(0, 3)).shape == (0,)
+        assert none.mean.shape == none.stddev.shape == none.median.shape == (0, 3)
+        assert none.quantile([0.1, 0.9]).shape == (2, 0, 3)
+        assert none["energy"].mean.shape == (0, 1)
+
+
+def test_corner_of_a_marginal():
+    import matplotlib.pyplot as plt
+
+    q = several()[0]
+    z = q.sample()
+    whole = fp.plots.plot_corner(q, z, event=1, draws=2000)
+    one = fp.plots.plot_corner(q[1], z[1], draws=2000)
+    assert whole.shape == one.shape == (3, 3)
+    assert fp.plots.plot_corner(q[1]["position"], z[1, 1:], draws=2000).shape == (2, 2)
+    plt.close("all")
+
+
+def test_a_model_of_other_nuisances_is_refused():
+    prior = Nuisances(light=Normal(1.0, 0.1), noise=Normal(0.0, 1.0))
+    encoder = ConditionedEncoder(fp.encoders.Tabular(3, 4), prior, context=4)
+    model = fp.PosteriorModel(encoder, fp.PosteriorHead(6, fp.Real(1))).eval()
+
+    def infer(space):
+        return fp.PosteriorModel(fp.encoders.Tabular(3, 4), fp.PosteriorHead(4, space)).eval()
+
+    assert marginal(model, torch.zeros(2, 3), infer(prior.space), draws=4).batch_shape == (2,)
+    other = fp.Product(noise=fp.Real(), light=fp.Real())
+    for space, got in ((fp.Real(2), r"z\[0\], z\[1\]"), (other, "noise, light")):
+        text = f"model of the nuisances light, noise; got one of {got}. Build its head with the pri"
+        for build in (
+            lambda: marginal(model, torch.zeros(2, 3), infer(space)),  # noqa: B023
+            lambda: MarginalModel(model, infer(space)),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=text):
+                build()
+    with pytest.raises(ValueError, match=r"nuisances of shape \(S, 2\)"):
+        MarginalModel(model, torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="with a ConditionedEncoder; got Tabular"):
+        MarginalModel(infer(fp.Real(1)), infer(prior.space))
+    # where only their number is known, any do
+    unnamed = ConditionedEncoder(fp.encoders.Tabular(3, 4), 2, context=4)
+    model = fp.PosteriorModel(unnamed, fp.PosteriorHead(6, fp.Real(1))).eval()
+    assert marginal(model, torch.zeros(2, 3), infer(fp.Real(2)), draws=4).batch_shape == (2,)
+
+
 MODEL = conditioned(1.0)
 WRONG = {
     "not conditioned": (
@@ -520,6 +698,18 @@ WRONG = {
     ),
     "inputs alone": (lambda: MODEL(torch.zeros(3, 1)), r"systematics.at\(x, nu\)"),
     "nuisances of other events": (lambda: at(torch.zeros(3, 1), torch.zeros(2, 1)), r"nu of shape"),
+    "nuisances that are not finite": (
+        lambda: at(torch.zeros(3, 1), torch.tensor([math.nan])),
+        "finite nu; got nan",
+    ),
+    "labels of other events": (
+        lambda: marginal(MODEL, torch.zeros(3, 1), quantiles(1.0)).log_prob(torch.zeros(2, 1)),
+        r"labels of shape \(..., 3, 1\) for Marginal\(batch_shape=\(3,\).*got \(2, 1\)",
+    ),
+    "labels of more columns": (
+        lambda: marginal(MODEL, torch.zeros(3, 1), quantiles(1.0)).log_prob(torch.zeros(3, 2)),
+        r"labels of shape",
+    ),
     "inputs of several lengths": (
         lambda: at((torch.zeros(3, 1), torch.zeros(2)), torch.zeros(3, 1)),
         "inputs of as many events each",
@@ -582,8 +772,16 @@ def test_a_nominal_value_at_the_edge_is_joined_to_no_line():
     result = report(exact_model(1.0), simulate, prior, events=500)
     _, ax = plt.subplots()
     result.plot(ax)
-    assert [len(c[0].get_xdata()) for c in ax.containers] == [5, 4, 1, 1]
+    # no line passes the nominal point by: two lines, and the point between them
+    assert [len(c[0].get_xdata()) for c in ax.containers] == [5, 2, 1, 2, 1]
+    assert ax.containers[2][0].get_xdata()[0] == pytest.approx(0.03)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [
-        "a", "b", "averaged over the prior"
+        "a", "b (nominal at the edge of its prior)", "averaged over the prior"
     ]  # fmt: skip
+    assert "±σ are quantiles of the prior" in ax.get_xlabel()
+    assert result.at_edge == ("b",)
+    assert "b: nominal at the edge of its prior; ±σ are quantiles of the prior" in str(result)
+    inside = report(exact_model(1.0), simulate, Nuisances(a=Normal(0.0, 1.0)), events=500)
+    assert inside.at_edge == ()
+    assert "edge" not in str(inside)
     plt.close("all")

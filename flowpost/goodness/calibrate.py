@@ -10,6 +10,8 @@ the smallest of their p is the new score, and its rank in the second half is the
 rule of the smallest p, made exact for scores that depend on each other. A density of contexts is
 fitted to half of the events that calibrate it, which then do not.
 
+That holds for any draws, but p of one event is one draw of it: see `Calibrator`.
+
 Sources: V. Vovk, A. Gammerman, G. Shafer, *Algorithmic learning in a random world*, 2005,
 https://doi.org/10.1007/b106715; L. H. C. Tippett, *The methods of statistics*, 1931.
 """
@@ -36,6 +38,8 @@ __all__ = ["CalibratedP", "Calibrator"]
 STATISTICS = ("p", "two_sided", "typicality", "context")
 _FEWEST = 20
 _LARGEST = 1e300
+# draws of an event of the smallest p, in units of those of the others
+_ADAPTIVE = 16
 # between seeds of draws and those of ties
 _TIES = 1_000_003
 
@@ -58,16 +62,20 @@ class CalibratedP:
         return len(self.p)
 
     def __str__(self) -> str:
+        if not len(self):
+            return "Calibrated p of 0 events"
         shares = "  ".join(
             f"{100 * float((self.p < t).double().mean()):.2f} %" for t in (0.01, 0.05, 0.5)
         )
         return f"Calibrated p of {len(self)} events: below 0.01, 0.05 and 0.5: {shares}"
 
-    def plot(self, ax: Axes | None = None, *, bins: int = 20) -> Axes:
+    def plot(
+        self, ax: Axes | None = None, *, bins: int = 20, threshold: float | None = None
+    ) -> Axes:
         """Draw the distribution of p against the uniform; see `flowpost.plots.plot_p_values`."""
         from ..plots import plot_p_values
 
-        return plot_p_values(self, ax, bins=bins)
+        return plot_p_values(self, ax, bins=bins, threshold=threshold)
 
     def __repr__(self) -> str:
         return f"CalibratedP(N={len(self)}, of {', '.join(self.each)})"
@@ -76,14 +84,23 @@ class CalibratedP:
 class Calibrator(nn.Module):
     """Turns scores into p-values that are uniform for good events.
 
+    `calibrator(x)` is `calibrator.p_value(x)`. The scores are estimates from draws, which are those
+    of all events together: with another seed, or in another portion or order of a file, an event
+    has another p within its Monte-Carlo error, and one near a cut may pass or not. Of 20 000 good
+    events of the exact Gaussian model with twenty values, cut at 1 % as a whole, 14 % of the lost
+    ones pass in portions of 1000; it is 29 % with `max_draws=draws`, which takes a sixth less time,
+    and 15 % with 1000 draws of every event. `max_draws` narrows it until small p are known to a
+    third; from there on, more `draws` do.
+
     Arguments:
         model: A trained posterior with its likelihood.
         statistics: Scores to use: `"p"` (the one-sided posterior-predictive p), `"two_sided"`,
             `"typicality"`, `"context"`.
         draws: Posterior draws of each event, the same for held-out and new events.
-        max_draws: As of `p_value`.
-        by: Name of a label column, such as `"energy"`: the p is then calibrated in bins of its
-            posterior mean, and uniform in each.
+        max_draws: As of `p_value`, for held-out and new events alike; 16 · draws where it is None.
+            `max_draws=draws` gives all events the same.
+        by: Name of a label column, such as `"energy"`, or `"position[0]"` of a block of several:
+            the p is then calibrated in bins of its posterior mean, and uniform in each.
         bins: Number of those bins, of equal content.
 
     Raises:
@@ -127,7 +144,8 @@ class Calibrator(nn.Module):
             raise ValueError("Expected a model with a context for the statistic 'context'.")
         self.model, self.statistics, self.by = model, names, by
         self.draws = check_positive_int(draws, "draws", minimum=2)
-        self.max_draws = max_draws
+        most = _ADAPTIVE * draws if max_draws is None else max_draws
+        self.max_draws = check_positive_int(most, "max_draws", minimum=draws)
         self.bins = check_positive_int(bins, "bins") if by is not None else 1
         self.contexts = ContextDensity(model.head.context) if "context" in names else None
         self.register_buffer("edges", torch.zeros(self.bins - 1, dtype=torch.float64))
@@ -156,11 +174,21 @@ class Calibrator(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     @property
-    def resolution(self) -> float:
-        """The smallest threshold that means something: one over the events of the smallest bin."""
+    def _counts(self) -> Tensor:
+        """Held-out events of each bin among which p is a rank."""
         name = "joint" if len(self.statistics) > 1 else self.statistics[0]
         counts: Tensor = getattr(self, f"counts_{name}")
-        return 1 / (int(counts.min()) + 1)
+        return counts
+
+    @property
+    def held(self) -> int:
+        """Held-out events among which p is a rank, of all bins."""
+        return int(self._counts.sum())
+
+    @property
+    def resolution(self) -> float:
+        """The smallest threshold that means something: one over the events of the smallest bin."""
+        return 1 / (int(self._counts.min()) + 1)
 
     @property
     def fitted(self) -> bool:
@@ -232,7 +260,7 @@ class Calibrator(nn.Module):
         """Calibrated p-values of N events.
 
         Arguments:
-            x: Inputs of N events.
+            x: Inputs of N events; there may be none.
             reference: First guesses, for a head that wants them.
             seed: Of all draws, and of the random breaking of ties.
             progress: Show a progress bar.
@@ -250,6 +278,10 @@ class Calibrator(nn.Module):
         if len(each) > 1:
             p = self._rank("joint", _smallest(each), places, generator)
         return CalibratedP(p, each, labels)
+
+    def forward(self, x: Any, **options: Any) -> CalibratedP:
+        """Calibrated p-values of N events; options are those of `p_value`."""
+        return self.p_value(x, **options)
 
     def _scores(
         self, x: Any, reference: Any, seed: int, progress: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ __all__ = ["Efficiency", "Filter"]
 class Efficiency:
     """The share of events that a filter keeps, with its Clopper–Pearson interval.
 
+    The interval is that of the events counted. The calibration is of a finite sample too: the share
+    of good events that its cut keeps in the long run is 1 − threshold within `calibration`.
+
     Attributes:
         kept: Events kept.
         count: Events in all.
@@ -23,6 +27,9 @@ class Efficiency:
         low: Lower end of the interval.
         high: Upper end.
         level: Its confidence.
+        calibration: Standard deviation √(α(1 − α)/n) of the share of good events kept over
+            calibrations by n held-out events, with α the threshold; not in the interval.
+        held: The number n.
     """
 
     kept: int
@@ -31,16 +38,29 @@ class Efficiency:
     low: float
     high: float
     level: float
+    calibration: float = 0.0
+    held: int = 0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{100 * self.value:.2f} % of {self.count} events kept "
-            f"({100 * self.low:.2f} % to {100 * self.high:.2f} % at {100 * self.level:.0f} %)"
+            f"({100 * self.low:.2f} % to {100 * self.high:.2f} % at {100 * self.level:.0f} %"
         )
+        if self.held:
+            text += (
+                f"; beside it ± {100 * self.calibration:.2f} % of the calibration by {self.held} "
+                "held-out events"
+            )
+        return f"{text})"
 
 
 class Filter(nn.Module):
     """Keeps events whose calibrated p-value is at least a threshold: `filter(x) -> mask`.
+
+    p is an estimate from draws of all events together, so that an event near the cut can pass or
+    not with another seed, or where a file is filtered in other portions; good events are lost at
+    the same rate. The `max_draws` of the calibrator narrow it, see there. Keep p, or the mask, of a
+    file beside it where decisions have to be the same for ever.
 
     Arguments:
         calibrator: A calibrator; fitted before events are filtered.
@@ -74,7 +94,7 @@ class Filter(nn.Module):
         return {"threshold": self.threshold}
 
     def forward(self, x: Any, *, reference: Any = None, seed: int = 1) -> Tensor:
-        """True for events to keep (N,), of inputs of N events.
+        """True for events to keep (N,), of inputs of N events; there may be none.
 
         Raises:
             ValueError: If the calibrator is not fitted, or does not resolve the threshold, or
@@ -90,6 +110,8 @@ class Filter(nn.Module):
     ) -> Efficiency:
         """The share of events kept, with its interval: on fresh good events 1 − threshold.
 
+        On good events it is that within the interval and the spread of the calibration.
+
         Arguments:
             x: Inputs of N events.
             level: Confidence of the interval.
@@ -97,13 +119,18 @@ class Filter(nn.Module):
             seed: Of all draws.
 
         Raises:
-            ValueError: If the level is not between 0 and 1, or inputs do not fit.
+            ValueError: If the level is not between 0 and 1, there are no events, or inputs do not
+                fit.
         """
         if not 0 < level < 1:
             raise ValueError(f"Expected a level between 0 and 1; got {level!r}.")
         mask = self(x, reference=reference, seed=seed)
-        low, high = clopper_pearson(int(mask.sum()), len(mask), level)
-        return Efficiency(int(mask.sum()), len(mask), float(mask.double().mean()), low, high, level)
+        kept, count, held = int(mask.sum()), len(mask), self.calibrator.held
+        if not count:
+            raise ValueError("Expected at least one event for an efficiency; got none.")
+        low, high = clopper_pearson(kept, count, level)
+        spread = math.sqrt(self.threshold * (1 - self.threshold) / held)
+        return Efficiency(kept, count, kept / count, low, high, level, spread, held)
 
     def extra_repr(self) -> str:
         """The threshold, for `print(filter)`."""

@@ -10,6 +10,10 @@ low p. It is conservative: among good events small p are rarer than uniform, the
 values there are; `Calibrator` makes them uniform. An event that fits too well, with too little
 scatter, has p near one; the two-sided p is low for it as well.
 
+The draws of all events come one after the other from one generator, in portions: an event has other
+draws, and within its error another p, with another seed, in another order and in another portion of
+a file. More draws narrow this.
+
 Sources: A. Gelman, X.-L. Meng, H. Stern, *Posterior predictive assessment of model fitness via
 realized discrepancies*, 1996, https://www.jstor.org/stable/24306036; T. Glüsenkamp, *Unifying
 supervised learning and VAEs*, 2020, https://arxiv.org/abs/2008.05825, section 5.
@@ -27,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive_int
-from .._events import chosen, mapped, sizes
+from .._events import chosen, leaves, mapped, sizes
 from .._progress import progress_bar
 from ..likelihood import BoundLikelihood, ExtendedModel
+from ..model import PosteriorModel
 from ..posterior import Posterior
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PredictiveP",
+    "encoded",
     "evaluating",
     "events_at",
     "over_events",
@@ -82,6 +88,8 @@ class PredictiveP:
 
     def __str__(self) -> str:
         p = self.p
+        if not len(p):
+            return "Posterior-predictive p of 0 events"
         shares = "  ".join(f"{100 * float((p < t).double().mean()):.2f} %" for t in (0.01, 0.05))
         return (
             f"Posterior-predictive p of {len(p)} events: mean {float(p.mean()):.3f}, standard "
@@ -90,11 +98,13 @@ class PredictiveP:
             f"{int(self.draws.max())} draws"
         )
 
-    def plot(self, ax: Axes | None = None, *, bins: int = 20) -> Axes:
+    def plot(
+        self, ax: Axes | None = None, *, bins: int = 20, threshold: float | None = None
+    ) -> Axes:
         """Draw the distribution of p against the uniform; see `flowpost.plots.plot_p_values`."""
         from ..plots import plot_p_values
 
-        return plot_p_values(self, ax, bins=bins)
+        return plot_p_values(self, ax, bins=bins, threshold=threshold)
 
     def __repr__(self) -> str:
         return f"PredictiveP(N={len(self)})"
@@ -114,25 +124,31 @@ def p_value(
 
     Arguments:
         model: A trained posterior with its likelihood.
-        x: Inputs of N events, a tensor or a tuple or dict of tensors.
+        x: Inputs of N events, a tensor or a tuple or dict of tensors; there may be none.
         draws: Posterior draws S of each event.
         max_draws: Events with few draws on one side of the observed value get more draws, doubled
             up to this number; None gives all events the same. For p well below 1/S. As it stops
             where there are enough, p of such events is some 8 % too high, a quarter of its error.
         reference: First guesses, for a head that wants them.
-        seed: Of all draws.
+        seed: Of all draws, which are those of all events together: p of an event depends, within
+            its error, on the events before it.
         progress: Show a progress bar.
 
     Returns:
         p-values with their errors; memory grows with N by a few numbers an event.
 
     Raises:
-        ValueError: If the model has no likelihood, there are no events, or inputs do not fit.
+        ValueError: If the model has no likelihood, or inputs do not fit.
     """
     check_model(model)
     most = check_positive_int(draws, "draws", minimum=2)
     if max_draws is not None:
         most = check_positive_int(max_draws, "max_draws", minimum=draws)
+    if not count_of(x):
+        return _result(
+            torch.zeros(0, 6, dtype=torch.float64),
+            torch.zeros(0, model.head.space.label_size, dtype=torch.float64),
+        )
     generator = seeded(seed)
 
     def sums(q: Posterior, context: Tensor | None, data: Any) -> tuple[Tensor, ...]:
@@ -157,7 +173,7 @@ def over_events(
     with evaluating(model), progress_bar(total, name, progress) as bar:
         for rows in event_chunks(model, total, draws):
             part, guess = events_at(x, rows, device), events_at(reference, rows, device)
-            context = model.encode(part)
+            context = encoded(model, part)
             q = model.head(context, reference=guess, validate_args=False)
             found.append(ask(q, context, model.measured(part)))
             bar.update(len(rows))
@@ -173,15 +189,40 @@ def count_of(x: Any) -> int:
     """The number of events of inputs.
 
     Raises:
-        ValueError: If there are none, or parts differ in it.
+        ValueError: If parts differ in it, or are no tensors or arrays.
     """
-    found = set(sizes(x))
-    if len(found) != 1 or 0 in found:
+    if not all(isinstance(part, Tensor) or hasattr(part, "__array__") for part in leaves(x)):
         raise ValueError(
-            "Expected x as a tensor, or a tuple or dict of tensors, with one row for each of at "
-            f"least one event; got {sorted(found) if found else type(x).__name__}."
+            f"Expected x as a tensor, or a tuple or dict of tensors; got a {type(x).__name__} of "
+            "something else. Convert it with torch.as_tensor."
+        )
+    found = set(sizes(x))
+    if len(found) != 1:
+        raise ValueError(
+            "Expected x as a tensor, or a tuple or dict of tensors, with one row for each event; "
+            f"got {sorted(found) if found else type(x).__name__}."
         )
     return found.pop()
+
+
+def encoded(model: ExtendedModel | PosteriorModel, x: Any) -> Tensor | None:
+    """Contexts (N, L) of inputs.
+
+    Raises:
+        ValueError: If the encoder does not take as many inputs.
+    """
+    several = isinstance(x, (tuple, dict))
+    if several and model.encoder is None:
+        raise ValueError(
+            f"Expected x as one tensor, without labels, where there is no encoder; got {len(x)}."
+        )
+    try:
+        return model.encode(x)
+    except TypeError as error:
+        raise ValueError(
+            "Expected x as the inputs of the encoder, without labels; got "
+            f"{len(x) if several else 1} of them, which it does not take ({error})."
+        ) from error
 
 
 def check_model(model: Any) -> None:

@@ -7,6 +7,9 @@ where it is far in either tail,
 .. math:: t = \frac{1}{S} \sum_s 2 \min(F_{\chi^2}, 1 - F_{\chi^2}), \qquad
           F = F_{\chi^2_R}\Big(\sum_k r_k(x, z_s)^2\Big) .
 
+It is one number of the whole event. Residuals that are wrong in a pattern, too high here and too
+low there, can add up to what is typical: it does not replace a statistic of the residuals.
+
 *Density of the context*: a normal density of what the encoder gives, with the mean and covariance
 of good events. It needs no likelihood, and sees only what the encoder passes on.
 Source: K. Lee et al., *A simple unified framework for detecting out-of-distribution samples and
@@ -27,6 +30,7 @@ from ..posterior import Posterior
 from .predictive import (
     check_model,
     count_of,
+    encoded,
     evaluating,
     events_at,
     over_events,
@@ -53,7 +57,7 @@ def typicality(
 
     Arguments:
         model: A trained posterior with its likelihood.
-        x: Inputs of N events.
+        x: Inputs of N events; there may be none.
         draws: Posterior draws S of each event.
         reference: First guesses, for a head that wants them.
         seed: Of all draws.
@@ -63,10 +67,12 @@ def typicality(
         A number in [0, 1], low for an event with too much or too little scatter; not uniform.
 
     Raises:
-        ValueError: If the model has no likelihood, there are no events, or inputs do not fit.
+        ValueError: If the model has no likelihood, or inputs do not fit.
     """
     check_model(model)
     check_positive_int(draws, "draws")
+    if not count_of(x):
+        return torch.zeros(0, dtype=torch.float64)
     generator = seeded(seed)
 
     def mean(q: Posterior, context: Tensor | None, data: Any) -> tuple[Tensor, ...]:
@@ -86,10 +92,13 @@ def typicality(
 
 def contexts(model: PosteriorModel, x: Any) -> Tensor:
     """Contexts (N, L) of inputs of N events, in portions, on the CPU."""
-    rows = torch.arange(count_of(x)).split(_ROWS)
+    total = count_of(x)
+    if not total:
+        return torch.zeros(0, model.head.context, dtype=torch.float64)
+    rows = torch.arange(total).split(_ROWS)
     device = next(model.parameters()).device
     with evaluating(model):
-        parts = [model.encode(events_at(x, r, device)) for r in rows]
+        parts = [encoded(model, events_at(x, r, device)) for r in rows]
     if any(p is None for p in parts):
         raise ValueError("Expected a model with a context; this one is an unconditional density.")
     return torch.cat([p.double().cpu() for p in parts if p is not None])

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..model import PosteriorModel
 from .build import assemble, complete, described, fill
 from .checks import check_fit, check_given, check_values
-from .describe import describe, parts_of
+from .describe import MARGINAL, REMEDY, describe, parts_of
 from .files import FORMAT_VERSION, read, write
 from .sizes import check_sizes
 
@@ -32,13 +33,15 @@ def save(model: Saved, path: str | os.PathLike[str]) -> None:
     """Write a model, or a head alone, to a directory or a single `.safetensors` file.
 
     A `goodness.Calibrator` or `goodness.Filter` is written with its model and what it found in
-    held-out events. Parts of flowpost are described so that `load` builds them again; of an
-    encoder, decoder or data module of your own the weights are kept, and `load` is given a fresh
-    one to fill. What was at the path before is replaced only when the new files are complete.
+    held-out events, a `systematics.MarginalModel` with both of its models. Parts of flowpost are
+    described so that `load` builds them again; of an encoder, decoder or data module of your own
+    the weights are kept, and `load` is given a fresh one to fill. What was at the path before is
+    replaced only when the new files are complete.
 
     Arguments:
         model: A `PosteriorHead`, `PosteriorModel`, `likelihood.ExtendedModel`,
-            `goodness.Calibrator` or `goodness.Filter`.
+            `goodness.Calibrator`, `goodness.Filter`, `inferno.SummaryModel`, or a
+            `systematics.MarginalModel` without modules of your own.
         path: A directory, or a file name that ends in `.safetensors`.
 
     Raises:
@@ -48,18 +51,13 @@ def save(model: Saved, path: str | os.PathLike[str]) -> None:
     from .. import __version__
 
     target = Path(path)
-    parts = parts_of(model, target)
+    about, tensors = (_packed_pair if _is_pair(model) else _packed)(model, target)
     config = {
         "format": "flowpost",
         "format_version": FORMAT_VERSION,
         "flowpost_version": __version__,
-        **describe(parts),
+        **about,
     }
-    # copies, for tied weights share memory, which safetensors refuses
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    with described(target):
-        check_sizes(config, tensors)
-    check_values(parts, {name for name, _ in model.named_parameters()}, tensors, target)
     write(target, config, tensors)
 
 
@@ -85,6 +83,27 @@ def load(
     path = Path(path)
     config, tensors = read(path)
     given = {"encoder": encoder, "decoder": decoder, "data": data}
+    if config.get("kind") == MARGINAL:
+        return _unpacked_pair(config, tensors, given, path).eval()
+    return _unpacked(config, tensors, given, path).eval()
+
+
+def _packed(model: Saved, target: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a model, checked."""
+    parts = parts_of(model, target)
+    config = describe(parts)
+    # copies, for tied weights share memory, which safetensors refuses
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    with described(target):
+        check_sizes(config, tensors)
+    check_values(parts, {name for name, _ in model.named_parameters()}, tensors, target)
+    return config, tensors
+
+
+def _unpacked(
+    config: dict[str, Any], tensors: dict[str, Tensor], given: dict[str, Any], path: Path
+) -> Saved:
+    """A model from its description and tensors."""
     check_given(config, given, path)
     # building draws initial weights, which are no business of the user's generator
     with torch.random.fork_rng(devices=[]):
@@ -98,4 +117,79 @@ def load(
         check_values(parts, {name for name, _ in sketch.named_parameters()}, tensors, path)
         model = assemble(config, spaces, given, tensors).cpu()
     fill(model, tensors, path)
-    return model.eval()
+    return model
+
+
+# ------------------------------------------------------- a conditioned model and its nuisances
+
+_PAIR = ("model", "nuisances")
+
+
+def _is_pair(model: Any) -> bool:
+    from ..systematics import MarginalModel
+
+    return type(model) is MarginalModel
+
+
+def _packed_pair(pair: Any, target: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of both models, the names of which begin with that of the model.
+
+    Raises:
+        ValueError: If one of them cannot be saved, or has modules of the user.
+    """
+    config: dict[str, Any] = {"kind": MARGINAL, "draws": pair.draws}
+    tensors = {}
+    for name in _PAIR:
+        part = getattr(pair, name)
+        if isinstance(part, Tensor):
+            config[name], tensors[name] = None, part.detach().cpu().contiguous().clone()
+            continue
+        if type(part) is not PosteriorModel or parts_of(part, target).users:
+            raise ValueError(
+                f"Expected a MarginalModel of PosteriorModels without modules of your own; its "
+                f"{name} is another ({type(part).__name__}) for {target}. Save model.model and "
+                "model.nuisances by themselves, and build MarginalModel(model, nuisances) of what "
+                "load returns."
+            )
+        config[name], own = _packed(part, target)
+        tensors |= {f"{name}.{k}": v for k, v in own.items()}
+    return config, tensors
+
+
+def _unpacked_pair(
+    config: dict[str, Any], tensors: dict[str, Tensor], given: dict[str, Any], path: Path
+) -> Saved:
+    """Both models of a file as one.
+
+    Raises:
+        ValueError: If a module is given, or one of the models cannot be loaded.
+    """
+    from ..systematics import MarginalModel
+
+    for name, module in given.items():
+        if module is not None:
+            raise ValueError(
+                f"{path} holds a {MARGINAL}, which has no {name} of your own; load it without "
+                f"{name}=."
+            )
+    parts: list[Any] = []
+    for name in _PAIR:
+        about, prefix = config.get(name), f"{name}."
+        if about is None and name == "nuisances" and name in tensors:
+            parts.append(tensors.pop(name))
+            continue
+        if not isinstance(about, dict) or about.get("kind") != PosteriorModel.__name__:
+            raise ValueError(
+                f"Expected the description of a PosteriorModel as the {name} of the {MARGINAL} in "
+                f"{path}; got {str(about)[:80]}. {REMEDY}."
+            )
+        own = {k: tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        own = {k.removeprefix(prefix): v for k, v in own.items()}
+        parts.append(_unpacked(about, own, given, path))
+    if tensors:
+        raise ValueError(
+            f"Tensor {min(tensors)!r} in {path} has no place in a {MARGINAL}. {REMEDY}."
+        )
+    with described(path):
+        model, nuisances = parts
+        return MarginalModel(model, nuisances, config["draws"])

@@ -16,7 +16,7 @@ from ..likelihood import ExtendedModel, Latent, Likelihood
 from ..model import PosteriorModel
 from ..spaces import Space
 from .checks import owner
-from .describe import LIKELIHOODS, REMEDY, parts_of
+from .describe import CONDITIONED, LIKELIHOODS, REMEDY, SUMMARY, parts_of
 
 if TYPE_CHECKING:
     from ..goodness import Calibrator
@@ -57,13 +57,16 @@ def assemble(
         given: Modules that are the user's own, by their name in `USERS`.
         tensors: Those of the file, which set how many held-out scores a calibrator has.
     """
+    encoder = given.get("encoder")
+    if encoder is None:
+        encoder = _encoder(config.get("encoder"))
+    if config["kind"] == SUMMARY:
+        from ..inferno import SoftBins, SummaryModel
+
+        return SummaryModel(encoder, SoftBins(**config["head"]))
     head = PosteriorHead(**{**config["head"], "space": spaces["head"]})
     if config["kind"] == "PosteriorHead":
         return head
-    encoder = given.get("encoder")
-    if encoder is None and config.get("encoder") is not None:
-        options = dict(config["encoder"])
-        encoder = getattr(encoders, options.pop("type"))(**options)
     if config["kind"] == "PosteriorModel":
         return PosteriorModel(encoder, head)
     likelihood = _likelihood(config["likelihood"], spaces, given.get("decoder"))
@@ -75,10 +78,26 @@ def assemble(
         return model
     from ..goodness import Calibrator, Filter
 
-    calibrator = Calibrator(model, **config["calibrator"])
+    options = dict(config["calibrator"])
+    if options["max_draws"] is None:
+        # of files from before there were more draws by default: all events had the same
+        options["max_draws"] = options["draws"]
+    calibrator = Calibrator(model, **options)
     cut = Filter(calibrator, **config["filter"]) if config["kind"] == "Filter" else None
     _make_room(calibrator, tensors, "" if cut is None else "calibrator.")
     return calibrator if cut is None else cut
+
+
+def _encoder(config: Mapping[str, Any] | None) -> nn.Module | None:
+    """An encoder of flowpost, whose type was checked."""
+    if config is None:
+        return None
+    if config["type"] == CONDITIONED:
+        from ..systematics import ConditionedEncoder
+
+        return ConditionedEncoder._build(config, _encoder(config["encoder"]))
+    options = dict(config)
+    return getattr(encoders, options.pop("type"))(**options)
 
 
 def _likelihood(

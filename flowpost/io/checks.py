@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .describe import ENCODERS, KINDS, LIKELIHOODS, REMEDY, USERS, Parts
+from .describe import (
+    CONDITIONED,
+    ENCODERS,
+    KINDS,
+    LIKELIHOODS,
+    REMEDY,
+    SUMMARY,
+    USERS,
+    Parts,
+)
 
 __all__ = ["check_fit", "check_given", "check_values", "owner"]
 
@@ -32,7 +41,7 @@ def check_given(config: Mapping[str, Any], given: Mapping[str, Any], path: Path)
         if kind == "PosteriorHead" and module is not None:
             raise ValueError(f"{path} holds a head alone; load it without {name}=.")
     found = {"encoder": config.get("encoder")}
-    if kind not in ("PosteriorHead", "PosteriorModel"):
+    if kind not in ("PosteriorHead", "PosteriorModel", SUMMARY):
         likelihood = config.get("likelihood")
         own = likelihood.get("type") if isinstance(likelihood, dict) else likelihood
         if own not in list(LIKELIHOODS):
@@ -64,7 +73,12 @@ def _is_custom(name: str, about: Any, path: Path) -> bool:
             f"Expected the description of {USERS[name]} in {path}; got {about!r}. {REMEDY}."
         )
     kind = about.get("type")
-    if kind != "custom" and (name != "encoder" or kind not in ENCODERS):
+    if name == "encoder" and kind == CONDITIONED:
+        inner = about.get("encoder")
+        own = inner is None or (isinstance(inner, dict) and inner.get("type") in ENCODERS)
+        kind = CONDITIONED if own else f"{CONDITIONED} of {str(inner)[:80]}"
+    known = [*ENCODERS, CONDITIONED] if name == "encoder" else []
+    if kind != "custom" and kind not in known:
         raise ValueError(f"Expected {USERS[name]} of flowpost in {path}; got {kind!r}. {REMEDY}.")
     return kind == "custom"
 

@@ -15,14 +15,36 @@ from ..model import PosteriorModel
 
 if TYPE_CHECKING:
     from ..goodness import Calibrator, Filter
+    from ..inferno import SoftBins, SummaryModel
+    from ..systematics import MarginalModel
 
-    Saved: TypeAlias = PosteriorHead | PosteriorModel | Calibrator | Filter
+    Saved: TypeAlias = (
+        PosteriorHead | PosteriorModel | Calibrator | Filter | MarginalModel | SummaryModel
+    )
 
-__all__ = ["ENCODERS", "KINDS", "LIKELIHOODS", "REMEDY", "USERS", "Parts", "describe", "parts_of"]
+__all__ = [
+    "CONDITIONED",
+    "ENCODERS",
+    "KINDS",
+    "LIKELIHOODS",
+    "MARGINAL",
+    "REMEDY",
+    "SUMMARY",
+    "USERS",
+    "Parts",
+    "describe",
+    "parts_of",
+]
 
-KINDS = ("PosteriorHead", "PosteriorModel", "ExtendedModel", "Calibrator", "Filter")
+# soft bins in the place of a posterior head
+SUMMARY = "SummaryModel"
+KINDS = ("PosteriorHead", "PosteriorModel", "ExtendedModel", "Calibrator", "Filter", SUMMARY)
+# two models in one file
+MARGINAL = "MarginalModel"
 LIKELIHOODS = {t.__name__: t for t in (FlowLikelihood, PoissonCounts, PointProcess)}
 ENCODERS = [name for name in encoders.__all__ if name not in ("Encoder", "Squash")]
+# an encoder around another
+CONDITIONED = "ConditionedEncoder"
 REMEDY = "Only what flowpost.save wrote can be loaded"
 # modules that are a user's own, which `load` is given again, and what errors call them
 USERS = {"encoder": "an encoder", "decoder": "a decoder", "data": "a data module"}
@@ -39,8 +61,8 @@ class Parts:
         filter: The filter of the calibrator, or None.
     """
 
-    head: PosteriorHead
-    model: PosteriorModel | None = None
+    head: PosteriorHead | SoftBins
+    model: PosteriorModel | SummaryModel | None = None
     calibrator: Calibrator | None = None
     filter: Filter | None = None
 
@@ -88,12 +110,14 @@ def parts_of(saved: Any, path: Path) -> Parts:
     rest = rest if cut is None else cut.calibrator
     calibrator = rest if type(rest) is Calibrator else None
     rest = rest if calibrator is None else calibrator.model
+    if _is_summary(rest):
+        return Parts(rest.head, rest)
     model: PosteriorModel | None = rest if type(rest) in (PosteriorModel, ExtendedModel) else None
     head = rest.head if isinstance(rest, PosteriorModel) else rest
     if type(head) is not PosteriorHead or (model is None and head is not rest):
         raise ValueError(
-            f"Expected a {', '.join(KINDS[:-1])} or {KINDS[-1]}; got {type(saved).__name__} (head "
-            f"{type(head).__name__}) for {path}. Save other modules with torch.save or safetensors."
+            f"Expected a {', '.join((*KINDS[:-1], MARGINAL))} or {KINDS[-1]}; got {_kind(saved)} "
+            f"for {path}. Save other modules with torch.save or safetensors, or their parts alone."
         )
     if isinstance(model, ExtendedModel):
         for part, kinds in ((model.likelihood, LIKELIHOODS.values()), (model.latent, (Latent,))):
@@ -126,13 +150,40 @@ def describe(parts: Parts) -> dict[str, Any]:
     return config
 
 
+def _is_summary(saved: Any) -> bool:
+    if type(saved).__name__ != SUMMARY:
+        return False
+    from ..inferno import SoftBins, SummaryModel
+
+    return type(saved) is SummaryModel and type(saved.head) is SoftBins
+
+
+def _kind(saved: Any) -> str:
+    """The name of a class, and of those of what is in it."""
+    name = type(saved).__name__
+    for part in ("calibrator", "model", "head"):
+        inner = getattr(saved, part, None)
+        if inner is not None and type(inner) is not PosteriorHead:
+            return f"{name} of {_kind(inner)}"
+    return name
+
+
 def _is_own(encoder: nn.Module) -> bool:
     """Whether it is built again from its description; a class derived from ours is the user's."""
+    from ..systematics import ConditionedEncoder
+
+    if type(encoder) is ConditionedEncoder:
+        inner = encoder.encoder
+        return inner is None or (type(inner) is not ConditionedEncoder and _is_own(inner))
     name = type(encoder).__name__
     return name in ENCODERS and type(encoder) is getattr(encoders, name)
 
 
 def _encoder(encoder: nn.Module | None) -> dict[str, Any] | None:
+    from ..systematics import ConditionedEncoder
+
+    if isinstance(encoder, ConditionedEncoder):
+        return {**encoder.config(), "encoder": _encoder(encoder.encoder)}
     return encoder.config() if isinstance(encoder, encoders.Encoder) else None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import check_positive_int
 from ..likelihood import with_latents
 from ..spaces import Real, Space, space_from_config
+from .describe import SUMMARY
 
 __all__ = ["check_sizes"]
 
@@ -31,10 +32,14 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         ValueError: If a size is larger than the file bears out.
     """
     elements, head = sum(t.numel() for t in tensors.values()), config["head"]
+    encoder = config.get("encoder") or {}
+    for options in (encoder, encoder.get("encoder") or {}):
+        _check_repeats(options, tensors)
+    if config["kind"] == SUMMARY:
+        return {}
     spaces = {"head": _space(head["space"], elements)}
     layers = check_positive_int(head["layers"], "layers", minimum=0)
     _check_pairs(spaces["head"], head["flow"], layers, elements)
-    _check_repeats(config.get("encoder") or {}, tensors)
     _check_draws(config.get("calibrator"))
     likelihood, latent = config.get("likelihood"), config.get("latent")
     if latent is not None:

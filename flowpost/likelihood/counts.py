@@ -35,10 +35,14 @@ class PoissonCounts(Likelihood):
         space: The label space.
         shape: Shape of the counts of one event, such as (8, 8).
         decoder: A module that takes labels (M, D) to the logarithm of expected counts
-            (M, \\*shape); by default a multilayer perceptron.
+            (M, \\*shape); by default a multilayer perceptron. It is given the columns of `space` as
+            they are, in their units and not standardised, with those of latents after them, in the
+            precision of its parameters. Nothing is added to what it returns.
         sensors: Positions of sensors (M, P), where the last dimensions of `shape` are those of M
             sensors: one small network then decodes each of them by where it is, which takes far
-            fewer events to learn than the multilayer perceptron. In place of a decoder.
+            fewer events to learn than the multilayer perceptron where sensors are many, tens or
+            more; with a few of them, or a small image, the multilayer perceptron does as well. In
+            place of a decoder.
         position: Name of a block of the labels that is a point among the sensors.
         direction: Name of a block that is a direction, as `PointProcess` takes it.
         hidden: Units of a hidden layer of the default decoder.
@@ -118,7 +122,7 @@ class PoissonCounts(Likelihood):
     def log_rate(self, z: Tensor) -> Tensor:
         """Logarithm of the expected counts (*batch, cells) of labels (*batch, D)."""
         rows = z.reshape(-1, z.shape[-1])
-        out = self.decoder(rows)
+        out = self._decoded(rows)
         cells = self.shape.numel()
         if out.shape[:1] != rows.shape[:1] or out[:1].numel() != cells * len(out[:1]):
             raise ValueError(
@@ -127,6 +131,18 @@ class PoissonCounts(Likelihood):
                 f"(M, {', '.join(map(str, self.shape))})."
             )
         return out.reshape(*z.shape[:-1], cells) + self.log_mean
+
+    def _decoded(self, rows: Tensor) -> Tensor:
+        try:
+            return self.decoder(rows)
+        except RuntimeError as error:
+            # of matrices that do not fit, not of memory
+            if not self.custom or "shape" not in str(error):
+                raise
+            raise ValueError(
+                f"Expected a decoder of labels (M, {rows.shape[1]}), the columns "
+                f"{', '.join(self.space.names)}; this one does not take them ({error})."
+            ) from error
 
     def _bind(self, z: Tensor) -> BoundPoissonCounts:
         if isinstance(self.decoder, SensorDecoder):

@@ -14,6 +14,7 @@ are left out while others learn, so that one trains jointly, or one part after t
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class ExtendedModel(PosteriorModel):
                 "with the space of the head."
             )
         self.likelihood, self.latent, self.data = likelihood, latent, data
+        self._warned = False
 
     def own_parts(self) -> list[nn.Module]:
         """Modules of flowpost, which learn at a higher rate than a user's."""
@@ -93,7 +95,10 @@ class ExtendedModel(PosteriorModel):
         return not bool(self.likelihood.fitted)
 
     def fit_scale(self, x: Any, z: Any) -> None:
-        """Set the scales of likelihood and latents, of inputs and labels; `flowpost.fit` does."""
+        """Set the scales of likelihood and latents, of inputs and labels; `flowpost.fit` does.
+
+        See `set_scales` for encoder and head too.
+        """
         z = self.head._columns(as_tensor(z, "labels"))
         if self.latent is not None:
             self.latent.fit_scale(z.to(next(self.latent.parameters())))
@@ -124,16 +129,27 @@ class ExtendedModel(PosteriorModel):
         context = None
         if posterior or base or self.latent is not None:
             context = self.encode(x)
-        loss, u = z.new_zeros(len(z)), None
+        loss, u, own, extra = z.new_zeros(len(z)), None, None, None
         if posterior or base:
-            own, u, _ = self._posterior_loss(context, z, None, reference, base)
+            own, u, *_ = self._posterior_loss(context, z, None, reference, base)
             loss = own if posterior or not likelihood else own.new_zeros(len(z))
         if likelihood:
+            self._warn_unscaled()
             extra = likelihood_loss(
                 self.likelihood, self.measured(x), z, latent=self.latent, context=context
             )
             loss = loss.to(extra) + extra
-        return EventLoss(loss, u)
+        return EventLoss(loss, u, posterior=own if posterior else None, data=extra)
+
+    def _warn_unscaled(self) -> None:
+        """Say once, in training, that the scales of the likelihood are not set."""
+        if self.training and self.unscaled and not (self._warned or self.likelihood.custom):
+            self._warned = True
+            warnings.warn(
+                "The likelihood has no scales: it takes labels and data as standardised. Call "
+                "model.set_scales(x, z) before a loop of your own.",
+                stacklevel=4,
+            )
 
     def _learning(self) -> tuple[bool, bool]:
         """Whether posterior and likelihood are of the loss: both, where neither learns."""

@@ -1,4 +1,4 @@
-"""The course of a training: NLL, and coverage beside it."""
+"""The course of a training: its loss, and coverage beside it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def plot_history(
     history: History, ax: Axes | tuple[Axes, Axes] | None = None, *, events: int | None = None
 ) -> np.ndarray:
     """Draw NLL against epoch, and below it the share of validation events in three regions.
+
+    Of an `ExtendedModel` it is the loss that was minimised, as the label says: the sum of both
+    parts, or that of one of them. Coverage is that of the posterior whichever it was.
 
     Coverage reaches its nominal values early; from then on the NLL falls because the regions
     shrink while coverage holds. The first epochs are cut from the NLL panel where they would
@@ -91,7 +94,7 @@ def _nll(ax: Any, history: History, epoch: np.ndarray) -> None:
         if top > low:
             ax.set_ylim(low - 0.08 * (top - low), top)
             _cut(ax, both, top)
-    ax.set_ylabel("NLL [nats]")
+    ax.set_ylabel(f"{history.loss_name} [nats]")
     ax.legend(loc="upper right", frameon=False, fontsize="small")
 
 

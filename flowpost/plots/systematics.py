@@ -22,7 +22,9 @@ def plot_systematics(
     """Draw how coverage depends on the shift of each nuisance, and what it is on average.
 
     Full symbols are the model, open ones the model trained without systematics; the bars are
-    binomial errors, and the grey band those of a calibrated posterior at 3 σ.
+    binomial errors, and the grey band those of a calibrated posterior at 3 σ. Shifts are quantiles
+    of the prior: where the nominal value lies at its edge, no line goes through the nominal point,
+    and the legend says so.
 
     Arguments:
         report: What `systematics.report` returned.
@@ -70,11 +72,12 @@ def _panel(report: SystematicsReport, ax: Any, level: float) -> None:
         style = {"color": colour, "marker": marker, "ms": 5, "capsize": 2}
         # beside each other where they share a shift
         aside = 0.06 * (k - (len(report.names) - 1) / 2)
+        edge = " (nominal at the edge of its prior)" if name in report.at_edge else ""
         for n, own in enumerate(_curves(report, name)):
             x = [(p.sigmas or 0.0) + aside for p in own]
             y = [100 * p.coverage.coverage_at(level) for p in own]
             bars = [_error(p, level, without=False) for p in own]
-            ax.errorbar(x, y, bars, lw=1.4, label=None if n else name, **style)
+            ax.errorbar(x, y, bars, lw=1.4, label=None if n else f"{name}{edge}", **style)
             if other:
                 y = [_held(p, level) for p in own]
                 bars = [_error(p, level, without=True) for p in own]
@@ -90,7 +93,8 @@ def _panel(report: SystematicsReport, ax: Any, level: float) -> None:
     ax.axvline(end - 0.5, color="#BBBBBB", lw=0.8)
     ax.set_xticks([*shifts, end], [*(_signed(s) for s in shifts), "prior"])
     ax.set(
-        xlabel="shift of the nuisance [σ]",
+        xlabel="shift of the nuisance [σ]"
+        + ("; ±σ are quantiles of the prior" if report.at_edge else ""),
         ylabel="coverage [%]",
         title=f"{report.averaged.coverage.kind} regions of {100 * level:.4g} %",
     )
@@ -100,16 +104,15 @@ def _panel(report: SystematicsReport, ax: Any, level: float) -> None:
 def _curves(report: SystematicsReport, name: str) -> list[list[Point]]:
     """Points of a nuisance that a line may join, by rising shift.
 
-    The nominal point stands alone where its value is not between those of its neighbours, as at
-    the edge of a prior.
+    The nominal point stands alone, between two lines, where its value is not between those of its
+    neighbours, as at the edge of a prior.
     """
-    column = report.names.index(name)
     moved = sorted((p for p in report.points if p.name == name), key=lambda p: p.sigmas or 0.0)
-    whole = sorted([*moved, report.nominal], key=lambda p: p.sigmas or 0.0)
-    values = [float(p.nu[column]) for p in whole if p.nu is not None]
-    if values == sorted(values):
-        return [whole]
-    return [moved, [report.nominal]] if moved else [[report.nominal]]
+    low = [p for p in moved if (p.sigmas or 0.0) < 0]
+    high = [p for p in moved if (p.sigmas or 0.0) > 0]
+    if name not in report.at_edge:
+        return [[*low, report.nominal, *high]]
+    return [part for part in (low, [report.nominal], high) if part]
 
 
 def _signed(shift: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_tensor, check_positive_int, check_shape
+from .._checks import as_tensor, check_finite, check_positive_int, check_shape
 from .._events import sizes
 from .nuisances import Nuisances
 
@@ -27,9 +27,10 @@ def at(x: Any, nu: Any) -> Any:
         dict; nu of shape (N, k).
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit, or a nuisance is not finite.
     """
     nu = as_tensor(nu, "nu")
+    check_finite(nu, "nu")
     found = set(sizes(x))
     if len(found) != 1:
         raise ValueError(f"Expected inputs of as many events each; got {sorted(found)} events.")
@@ -49,11 +50,14 @@ class ConditionedEncoder(nn.Module):
 
     Arguments:
         encoder: Any network that returns (N, L), or None where the inputs (N, L) are the context.
-        nuisances: Their prior, by which they are standardised; or their number k, for those that
-            need no standardising, such as a one-hot alternative.
+        nuisances: Their prior, by which they are standardised and named; or their number k, for
+            those that need no standardising, such as a one-hot alternative.
         context: Features L of the encoder's output, for which L + k is the head's `context`.
         hidden: Units of a network that mixes context and nuisances, for what x says of z can depend
             on ν in more than an offset; 0 appends ν alone.
+
+    Attributes:
+        names: Names of the nuisances; None where only their number was given.
 
     Example:
         >>> from torch.distributions import Normal
@@ -72,14 +76,19 @@ class ConditionedEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.context = check_positive_int(context, "context")
+        self.names: tuple[str, ...] | None = None
         if isinstance(nuisances, Nuisances):
-            loc, scale = nuisances.nominal, nuisances.stddev
+            self.names = nuisances.names
+            kind = torch.get_default_dtype()
+            loc, scale = (
+                t.detach().to("cpu", kind).clone() for t in (nuisances.nominal, nuisances.stddev)
+            )
         else:
             size = check_positive_int(nuisances, "nuisances")
             loc, scale = torch.zeros(size), torch.ones(size)
-        kind = torch.get_default_dtype()
-        self.register_buffer("loc", loc.detach().to("cpu", kind).clone())
-        self.register_buffer("scale", scale.detach().to("cpu", kind).clone())
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+        self.hidden = hidden
         total = self.context + len(self.loc)
         self.mix: nn.Sequential | None = None
         if check_positive_int(hidden, "hidden", minimum=0):
@@ -89,6 +98,26 @@ class ConditionedEncoder(nn.Module):
             # at initialisation nothing but the appended nuisances
             for parameter in self.mix[-1].parameters():
                 nn.init.zeros_(parameter)
+
+    def config(self) -> dict[str, Any]:
+        """JSON description, without the encoder inside; the standardisation is in the weights."""
+        return {
+            "type": type(self).__name__,
+            "nuisances": len(self.loc) if self.names is None else list(self.names),
+            "context": self.context,
+            "hidden": self.hidden,
+        }
+
+    @classmethod
+    def _build(cls, config: Mapping[str, Any], encoder: nn.Module | None) -> ConditionedEncoder:
+        """Build one from its description, around an encoder."""
+        nuisances = config["nuisances"]
+        named = isinstance(nuisances, list)
+        new = cls(
+            encoder, len(nuisances) if named else nuisances, config["context"], config["hidden"]
+        )
+        new.names = tuple(str(n) for n in nuisances) if named else None
+        return new
 
     @property
     def fitted(self) -> bool:

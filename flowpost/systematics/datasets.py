@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,7 +26,14 @@ from .conditioned import at
 from .nuisances import Nuisances
 from .priors import seeded
 
-__all__ = ["EpochEvents", "Perturbed", "Simulated"]
+__all__ = [
+    "EpochEvents",
+    "Perturbed",
+    "Simulated",
+    "check_function",
+    "check_labelled",
+    "check_prior",
+]
 
 _Self = TypeVar("_Self", bound="EpochEvents")
 _VALIDATION = -1
@@ -44,6 +52,8 @@ class EpochEvents(Dataset):
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = check_positive_int(size, "size")
+        if isinstance(seed, bool) or int(seed) != seed:
+            raise ValueError(f"Expected seed as a whole number; got {seed!r}.")
         self.seed = int(seed)
         # in shared memory, so that worker processes that outlive an epoch are told too
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -74,6 +84,16 @@ class EpochEvents(Dataset):
 
     def __len__(self) -> int:
         return self._size
+
+    def __repr__(self) -> str:
+        prior: Any = getattr(self, "prior", None)
+        names: Any = getattr(self, "names", None) or getattr(prior, "names", ())
+        told = ", condition=True" if getattr(self, "condition", False) else ""
+        fixed = " for good" if self._held else ""
+        return (
+            f"{type(self).__name__}({self._size} items of {', '.join(names)}{told}, "
+            f"seed={self.seed}, epoch {self.epoch}{fixed})"
+        )
 
     def __getitem__(self, index: int) -> Any:
         if not -self._size <= index < self._size:
@@ -130,7 +150,8 @@ class Simulated(EpochEvents):
         target: str = "labels",
     ) -> None:
         super().__init__(size, seed)
-        self.simulate, self.prior = _callable(simulate, "simulate"), check_prior(prior)
+        self.simulate = check_function(simulate, "simulate", ("nu", "generator"))
+        self.prior = check_prior(prior)
         self.condition, self.target = condition, _target(target, condition)
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -139,6 +160,7 @@ class Simulated(EpochEvents):
         nu = self.prior.sample(len(indices), generator)
         with torch.no_grad(), seeded(generator):
             events = to_batch(self.simulate(nu, generator))
+        check_labelled(events, "simulate")
         _check_size(events, len(indices), "simulate")
         return _seen(events, nu, self.condition, self.target)
 
@@ -178,7 +200,8 @@ class Perturbed(EpochEvents):
             )
         self.data = data if isinstance(data, Dataset) else TensorEvents(to_batch(data))
         super().__init__(len(self.data), seed)  # type: ignore[arg-type]
-        self.perturb, self.prior = _callable(perturb, "perturb"), check_prior(prior)
+        self.perturb = check_function(perturb, "perturb", ("x", "nu", "generator"))
+        self.prior = check_prior(prior)
         self.condition, self.target = condition, _target(target, condition)
         self.collate = collate or default_collate
 
@@ -227,10 +250,43 @@ def check_prior(prior: Any) -> Nuisances:
     return prior
 
 
-def _callable(function: Any, name: str) -> Any:
+def check_function(function: Any, name: str, arguments: Sequence[str]) -> Any:
+    """Return a function that takes so many arguments.
+
+    Raises:
+        ValueError: If it is none, or takes others.
+    """
+    wanted = f"{name}({', '.join(arguments)})"
     if not callable(function):
-        raise ValueError(f"Expected {name} as a function; got {type(function).__name__}.")
+        raise ValueError(
+            f"Expected {name} as a function; got {type(function).__name__}. It is called as "
+            f"{wanted}."
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # of compiled functions, which have none
+        return function
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected {name} as a function that is called as {wanted}; got one of the arguments "
+            f"{signature} ({error})."
+        ) from error
     return function
+
+
+def check_labelled(events: Batch, name: str) -> None:
+    """Refuse labels alone.
+
+    Raises:
+        ValueError: If there are no inputs.
+    """
+    if events.x is None:
+        raise ValueError(
+            f"Expected {name} to return inputs and labels, (x, z); got one of them alone."
+        )
 
 
 def _target(target: str, condition: bool) -> str:

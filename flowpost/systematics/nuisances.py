@@ -175,6 +175,8 @@ class Nuisances:
     def pack(self, values: Mapping[str, Any]) -> Tensor:
         """ν of shape (..., k) from values (...) by name; nominal ones for the names left out.
 
+        Numbers of Python are in the floating type of the nominal values, tensors in their own.
+
         Raises:
             ValueError: If a name is unknown or shapes do not fit.
         """
@@ -182,7 +184,9 @@ class Nuisances:
         for name in found:
             self._find(name)
         columns = [found.get(n, self.nominal[i]) for i, n in enumerate(self.names)]
-        kind = next((v for v in found.values()), self.nominal)
+        # those of Python are double
+        own = [n for n, v in values.items() if isinstance(v, Tensor) or hasattr(v, "__array__")]
+        kind = found[own[0]] if own else self.nominal
         try:
             return torch.stack(torch.broadcast_tensors(*(c.to(kind) for c in columns)), -1)
         except RuntimeError as error:

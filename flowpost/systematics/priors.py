@@ -52,7 +52,7 @@ class Part:
 
     def __str__(self) -> str:
         name = self.names[0] if len(self.names) == 1 else f"({', '.join(self.names)})"
-        return f"{name}={self.distribution}, nominal {_text(self.nominal)}"
+        return f"{name}={_written(self.distribution)}, nominal {_text(self.nominal)}"
 
 
 @contextmanager
@@ -200,3 +200,24 @@ def space_of(part: Part) -> Space:
 
 def _text(value: Tensor | Sequence[float]) -> str:
     return ", ".join(f"{float(v):g}" for v in value)
+
+
+def _written(distribution: Distribution) -> str:
+    """A distribution with all of its parameters, without the rounding of single precision."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    known = distribution.arg_constraints
+    # those given, of several that mean the same; some have none but properties
+    names = [n for n in known if n in vars(distribution)] or list(known)
+    parts = []
+    for name in names:
+        value = getattr(distribution, name, None)
+        if isinstance(value, Tensor):
+            parts.append(f"{name}={_number(value)}")
+    return f"{type(distribution).__name__}({', '.join(parts)})"
+
+
+def _number(value: Tensor) -> str:
+    if not value.ndim:
+        return f"{float(value):g}"
+    return f"[{', '.join(map(_number, value))}]"

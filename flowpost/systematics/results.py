@@ -115,12 +115,14 @@ class SystematicsReport:
         levels: Credible levels of the table.
         points: Averaged, nominal, then each nuisance at each shift.
         columns: Names of the widths (C,): label columns, `"angle of …"` for directions.
+        note: What to know of how it was measured, if anything.
     """
 
     names: tuple[str, ...]
     levels: tuple[float, ...]
     points: tuple[Point, ...]
     columns: tuple[str, ...]
+    note: str = ""
 
     @property
     def averaged(self) -> Point:
@@ -145,6 +147,20 @@ class SystematicsReport:
             return self.nominal
         known = ", ".join(p.label for p in self.points)
         raise ValueError(f"Expected one of {known}; got {name!r} at {sigmas:+g} σ.")
+
+    @property
+    def at_edge(self) -> tuple[str, ...]:
+        """Nuisances whose nominal value is not between those of the negative and positive shifts.
+
+        Shifts are quantiles of the prior, and the nominal value may lie at its edge.
+        """
+        found = []
+        for i, name in enumerate(self.names):
+            own = [self.nominal, *(p for p in self.points if p.name == name)]
+            values = [float(p.nu[i]) for p in sorted(own, key=_shift) if p.nu is not None]
+            if values != sorted(values):
+                found.append(name)
+        return tuple(found)
 
     def under_covered(self, significance: float = _ALARM) -> tuple[Point, ...]:
         """Points where the coverage at some level is too low by so many binomial errors."""
@@ -225,6 +241,13 @@ class SystematicsReport:
     def __str__(self) -> str:
         lines = [*self._head(), *(self._row(p) for p in self.points)]
         lines.append(f"  flags: {_ALARM:g} binomial errors; worst: largest deviation of any level")
+        lines += [
+            f"  {name}: nominal at the edge of its prior; ±σ are quantiles of the prior, not steps "
+            "from there"
+            for name in self.at_edge
+        ]
+        if self.note:
+            lines.append(f"  {self.note}")
         if self.averaged.without is not None:
             lines.append("  ΔNLL: of the model minus of the one without, in nats: less is better")
         price = self.price
@@ -241,3 +264,7 @@ class SystematicsReport:
         from ..plots.systematics import plot_systematics
 
         return plot_systematics(self, ax=ax, level=level)
+
+
+def _shift(point: Point) -> float:
+    return point.sigmas or 0.0

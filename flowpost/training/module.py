@@ -36,6 +36,8 @@ _SPLINE_DECAY = {"spline_weight": 4.0, "outer": 0.5}
 _SETTLE_RATE = 0.1
 _SETTLE_AVERAGE = 0.99
 _SETTLE_LOSS = 0.003
+# what a loss of posterior and likelihood is the sum of
+_PARTS = ("posterior", "data")
 Schedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -86,7 +88,7 @@ def module_class() -> type:
             self._first = True
             self._before = 0.0
             self._start = time.monotonic()
-            self._sums = {"train": [0.0, 0.0], "val": [0.0, 0.0]}
+            self._sums = {name: [0.0, 0.0] for name in ("train", "val", *_PARTS)}
             self._base: list[tuple[Tensor, Tensor]] = []
 
         def _parameters_of(self, own: bool) -> list[torch.nn.Parameter]:
@@ -217,20 +219,26 @@ def module_class() -> type:
 
         def on_validation_epoch_start(self) -> None:
             """Forget the sums of the last validation."""
-            self._sums["val"], self._base = [0.0, 0.0], []
+            self._sums |= {name: [0.0, 0.0] for name in ("val", *_PARTS)}
+            self._base = []
             self._swap()
 
         def validation_step(self, data: Any, index: int) -> None:
             """Log density, and base coordinates of the events that have all labels."""
             batch = to_batch(data)
-            value, u, whole = self.model.event_loss(
+            found = self.model.event_loss(
                 batch.x, batch.z, batch.mask, reference=batch.reference, base=True
             )
+            value, u, whole = found.value, found.base, found.whole
             assert u is not None
             weight = torch.ones_like(value)
             if batch.weight is not None:
                 weight = check_weights(batch.weight, value, self.signed_weights)
             self._add("val", value, weight)
+            for name in _PARTS:
+                part = getattr(found, name)
+                if part is not None:
+                    self._add(name, part, weight)
             if whole is not None:
                 u, weight = u[whole], weight[whole]
             self._base.append((u.detach().cpu(), weight.detach().cpu()))
@@ -247,6 +255,7 @@ def module_class() -> type:
                     "validation events."
                 )
             nll = nll / total
+            parts = {f"val_{k}": s / w if w else None for k in _PARTS for s, w in [self._sums[k]]}
             self.log("val_nll", nll, prog_bar=True)
             coverage = self._coverage()
 
@@ -266,6 +275,7 @@ def module_class() -> type:
                 ks_pvalue=float(ks),
                 lr=float(group["lr"]) / group["rate"],
                 seconds=self._before + time.monotonic() - self._start,
+                **parts,
             )
             if self.logger is not None:
                 self.log_dict({"coverage68": row.coverage68, "coverage90": row.coverage90})
