@@ -17,12 +17,37 @@ def run(script, monkeypatch, *arguments):
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
 
 
+@pytest.mark.filterwarnings("ignore:.*bins hold.*", "ignore:Nothing is expected.*")
 def test_readme_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     torch.manual_seed(0)
     exec("\n".join(blocks[1:]), {})
     assert capsys.readouterr().out.count("coverage of 1000 events") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*bins hold.*", "ignore:Nothing is expected.*")
+def test_code_of_the_page_on_summaries_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "inferno.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    out = capsys.readouterr().out
+    assert "optimised" in out
+    assert "half width" in out or "±" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*bins hold.*", "ignore:Nothing is expected.*")
+def test_inferno_toy(tmp_path, monkeypatch, capsys):
+    import json
+
+    run("inferno_toy.py", monkeypatch, "--out", tmp_path, "--fast", "--quiet")
+    out = capsys.readouterr().out
+    for name in ("unbinned limit", "5 uniform bins", "5 optimised bins", "INFERNO, 5 bins"):
+        assert name in out
+    assert (tmp_path / "templates.png").exists()
+    assert (tmp_path / "scan.png").exists()
+    workspace = json.loads((tmp_path / "workspace.json").read_text())
+    assert {s["name"] for s in workspace["channels"][0]["samples"]} == {"signal", "background"}
 
 
 def test_replace_mse_head(tmp_path, monkeypatch, capsys):

@@ -31,10 +31,12 @@ MODULES = {
     "flowpost.simulators.anomalies": "dead_string overlay track_like",
     "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
     "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
-    "flowpost.inferno": "Alternative Batches Binning CountingModel CrossEntropyLoss InfernoLoss "
-    "Information InformationAccumulator Normalisation Process Reweighting Sample SoftBins "
-    "SummaryEpoch SummaryHistory SummaryModel Transform fit hard_assign hard_information "
-    "information optimised score signal_order toy_model",
+    "flowpost.inferno": "Alternative Batches Binning CountingModel CrossEntropyLoss FitResult "
+    "Impacts "
+    "InfernoLoss Information InformationAccumulator Normalisation Process PyhfFit "
+    "Reweighting Sample Scan SoftBins SummaryEpoch SummaryHistory SummaryModel "
+    "Templates Transform fit hard_assign hard_information information optimised "
+    "pyhf_fit score signal_order templates toy_model",
     "flowpost.training": "Epoch History fit",
     "flowpost.io": "FORMAT_VERSION load save",
 }
@@ -56,6 +58,7 @@ PosteriorHead.log_prob(self, context, z, mask=None, *, reference=None)
 PosteriorModel(encoder, head)
 PosteriorModel.forward(self, x, *, reference=None)
 PosteriorModel.loss(self, x, z, weight=None, mask=None, *, reference=None, signed_weights=False)
+PosteriorModel.set_scales(self, x, z, weight=None, *, reference=None)
 Posterior(flow, validate_args=None)
 Posterior.log_prob(self, value)
 Posterior.sample(self, sample_shape=(), generator=None)
@@ -109,6 +112,7 @@ goodness.ContextDensity(size)
 goodness.ContextDensity.fit(self, context)
 goodness.ContextDensity.log_prob(self, context)
 goodness.Calibrator(model, statistics=('p',), draws=200, *, max_draws=None, by=None, bins=4)
+goodness.Calibrator.forward(self, x, **options)
 goodness.Calibrator.fit(self, x, *, reference=None, seed=0, progress=False)
 goodness.Calibrator.p_value(self, x, *, reference=None, seed=1, progress=False)
 goodness.Filter(calibrator, threshold=0.01)
@@ -164,8 +168,12 @@ systematics.ConditionedEncoder(encoder, nuisances, context, hidden=64)
 systematics.at(x, nu)
 systematics.marginal(model, x, nu, *, draws=128, reference=None, generator=None)
 systematics.MarginalModel(model, nuisances, draws=128)
-systematics.report(model, make_events, prior, at=(-2, -1, 0, 1, 2), *, without=None, events=20000, \
-levels=(0.682689, 0.9), draws=256, seed=0, chunk=2048)
+systematics.report(model, make_events, prior, at=(-2, -1, 0, 1, 2), *, without=None, events=None, \
+levels=(0.682689, 0.9), draws=None, seed=0, chunk=2048, progress=False)
+systematics.Marginal(model, context, nu, reference=None)
+systematics.Marginal.quantile(self, levels, draws=1024, generator=None)
+systematics.Marginal.interval(self, level=0.6827, draws=1024, generator=None)
+systematics.Marginal.entropy(self, draws=128, generator=None)
 save(model, path)
 load(path, encoder=None, *, decoder=None, data=None)
 fit(model, train, val=0.1, *, epochs=100, batch_size=256, lr=0.001, seed=0, weight_decay=0.1, \

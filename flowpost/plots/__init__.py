@@ -7,6 +7,12 @@ from flowpost.plots.coverage import plot_coverage, plot_pulls, plot_ranks
 from flowpost.plots.gallery import plot_gallery
 from flowpost.plots.goodness import plot_p_values
 from flowpost.plots.history import plot_history
+from flowpost.plots.inferno import (
+    plot_impacts,
+    plot_nuisances,
+    plot_scan,
+    plot_templates,
+)
 from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
 from flowpost.plots.skymap import plot_skymap, plot_zoom
 from flowpost.plots.summaries import plot_summary_history
@@ -21,11 +27,15 @@ __all__ = [
     "plot_coverage",
     "plot_gallery",
     "plot_history",
+    "plot_impacts",
+    "plot_nuisances",
     "plot_p_values",
     "plot_pulls",
     "plot_ranks",
+    "plot_scan",
     "plot_skymap",
     "plot_summary_history",
     "plot_systematics",
+    "plot_templates",
     "plot_zoom",
 ]
