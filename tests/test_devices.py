@@ -98,3 +98,40 @@ def test_fit_returns_the_model_to_its_device(device, tmp_path):
     with torch.no_grad():
         at = x.to(device), z.to(device)
         torch.testing.assert_close(loaded(at[0]).log_prob(at[1]), model(at[0]).log_prob(at[1]))
+
+
+@pytest.mark.filterwarnings("ignore:.*bins hold.*", "ignore:Nothing is expected.*")
+@pytest.mark.parametrize("device", ["cpu", ACCELERATOR])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_summaries(device, by_hand):
+    """The loss and its gradient, all events, hard bins, templates and a training."""
+    toy = fp.simulators.InfernoToy()
+    counting = fp.inferno.toy_model(toy)
+    samples = {p.name: toy.sample(p.name, 500, seed=0) for p in counting.processes}
+    torch.manual_seed(0)
+    encoder = fp.encoders.Tabular(3, 8, hidden=16, layers=1, dropout=0.0)
+    summary = fp.inferno.SummaryModel(encoder, fp.inferno.SoftBins(8, 5))
+    summary.fit_scale(samples["background"])
+    loss = fp.inferno.InfernoLoss(counting, spread=0.1, by_hand=by_hand)
+    found = []
+    for place in ("cpu", device):
+        summary.to(place).zero_grad()
+        value = loss(summary, {k: x.to(place) for k, x in samples.items()})
+        value.backward()
+        found.append((value.item(), summary.head.logits.weight.grad.cpu()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
+    # events stay where they are, and go to the network in portions
+    width = fp.inferno.information(counting, summary, samples).width
+    assert width == pytest.approx(summary_width(counting, summary.cpu(), samples), rel=1e-4)
+    summary.to(device)
+    binned = fp.inferno.templates(counting, summary, samples)
+    hard = fp.inferno.hard_information(counting, summary.assign, samples, 5)
+    torch.testing.assert_close(binned.total, hard.counts, rtol=1e-4, atol=1e-3)
+    history = fp.inferno.fit(summary, loss, samples, epochs=2, batch_size=100, progress=False)
+    assert len(history.epochs) == 2
+    assert next(summary.parameters()).device.type == device
+
+
+def summary_width(counting, summary, samples):
+    return fp.inferno.information(counting, summary, samples).width

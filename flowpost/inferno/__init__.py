@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .baseline import CrossEntropyLoss, hard_information, score
 from .binning import Binning, optimised
-from .fit import SummaryEpoch, SummaryHistory, fit
+from .fit import fit
 from .histograms import templates
+from .history import SummaryEpoch, SummaryHistory
 from .information import Information
 from .loss import InfernoLoss, InformationAccumulator, information
 from .model import Alternative, CountingModel, Normalisation, Process, Reweighting, Transform

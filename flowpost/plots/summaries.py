@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowpost.inferno.fit import SummaryHistory
+from flowpost.inferno.history import SummaryHistory
 from flowpost.plots.coverage import _COLOURS
 
 if TYPE_CHECKING:
