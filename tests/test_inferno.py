@@ -22,8 +22,10 @@ from flowpost.inferno import (
     SummaryModel,
     Transform,
     hard_assign,
+    hard_information,
     information,
     signal_order,
+    templates,
     toy_model,
 )
 from flowpost.inferno.samples import blocks, split
@@ -351,7 +353,9 @@ def test_accumulated_portions_are_the_whole():
     assert set(found.widths) == set(model.names)
     assert information(model, network, samples).width == pytest.approx(found.width, rel=1e-12)
     assert InfernoLoss(model).evaluate(network, samples) == pytest.approx(whole.log().item())
-    assert "bins 6 of 6 used" in str(found).replace("        ", "")
+    hard = torch.cat([network.assign(s.x) for s in samples.values()])
+    assert found.used == len(hard.unique())
+    assert f"bins {found.used} of 6 used" in str(found).replace("        ", "")
     torch.testing.assert_close(found.counts.sum(), torch.tensor(1250.0, dtype=DOUBLE))
     torch.testing.assert_close(found.signal.sum(), torch.tensor(50.0, dtype=DOUBLE))
 
@@ -545,7 +549,7 @@ BAD = torch.where(torch.arange(10)[:, None] == 3, torch.nan, X)
             "weights of 'top' with a positive sum",
         ),
         (
-            lambda: InfernoLoss(counting([]))(nn.Linear(2, 3).double(), faulty(top=BAD)),
+            lambda: InfernoLoss(counting([]))(network_of("Tanh"), faulty(top=BAD)),
             "finite summary of 'top'; got NaN or infinity in event 3",
         ),
         (
@@ -575,19 +579,176 @@ def test_errors_name_the_remedy(call, text):
         call()
 
 
-def test_bins_of_negative_expectation_carry_no_information():
+class Columns(nn.Module):
+    """The inputs themselves."""
+
+    def forward(self, x):
+        return x
+
+
+def signed_width(excess):
+    """Of two bins, of which the first has next to no background by weights below zero."""
     model = CountingModel([Process("signal", 10.0, signal=True), Process("qcd", 100.0)])
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=DOUBLE)
+    weight = torch.tensor([1.0, excess - 1.0, 9.0], dtype=DOUBLE)
+    signal = torch.tensor([[0.9, 0.1]], dtype=DOUBLE)
+    value = InfernoLoss(model, log=False)(Columns(), {"signal": signal, "qcd": Sample(x, weight)})
+    return value.item() ** 0.5
 
-    class Columns(nn.Module):
-        def forward(self, x):
-            return x
 
-    eye = torch.eye(3, dtype=DOUBLE)
-    x, weight = eye[[0, 0, 1, 2, 2]], torch.tensor([1.0, 1.0, -0.5, 1.0, 1.0], dtype=DOUBLE)
-    value = InfernoLoss(model, log=False)(
-        Columns(), {"signal": eye[[0, 1, 2, 2]], "qcd": Sample(x, weight)}
+def test_weights_below_zero_do_not_promise_everything():
+    """Neither a pole where a count vanishes, nor a cliff behind it; and no less than the signal."""
+    excess = [1.0, 0.3, 0.1, 0.0, -0.1, -0.5, -0.85, -0.95, -1.0, -1.05, -1.5]
+    widths = [signed_width(e) for e in excess]
+    assert min(widths) > 10**0.5
+    steps = torch.tensor([signed_width(e) for e in torch.linspace(1, -1.5, 300).tolist()])
+    assert steps.diff().abs().max() < 0.1
+    # without cancellation it is the plain formula
+    first, other = 9.0 + 100 * 1.5 / 10.5, 1.0 + 100 * 9 / 10.5
+    plain = 1 / (0.9**2 / first + 0.1**2 / other)
+    assert signed_width(0.5) ** 2 != pytest.approx(plain, rel=1e-3)
+    assert signed_width(1.5) ** 2 == pytest.approx(plain, rel=1e-9)
+
+
+def test_negative_bins_are_told():
+    model = CountingModel([Process("signal", 10.0, signal=True), Process("qcd", 100.0)])
+    eye = torch.eye(2, dtype=DOUBLE)
+    data = {"signal": eye, "qcd": Sample(eye, torch.tensor([-1.0, 9.0]))}
+    with pytest.warns(UserWarning, match=r"got -7\.5 in bin 0: weights below zero outweigh"):
+        information(model, Columns(), data)
+
+
+def in_place(x, value):
+    x[:, 0] += value
+    return x
+
+
+def constant(x, value):
+    return torch.cat([x[:, :1] + float(value), x[:, 1:]], 1)
+
+
+@pytest.mark.parametrize(
+    ("apply", "text"),
+    [
+        (in_place, "changes those that it is given. Work on x.clone"),
+        (constant, "differentiable in its value.* without float\\(\\) or numpy"),
+        (lambda x, value: x + value + 1, "leave events as they are"),
+    ],
+)
+@pytest.mark.parametrize("way", ["loss", "all events", "hard bins", "templates", "batches"])
+def test_transforms_are_looked_at(apply, text, way):
+    model = CountingModel(
+        [Process("signal", 10.0, signal=True), Process("qcd", 100.0)],
+        [Transform(name="move", apply=apply, processes="qcd", constraint=Normal(0.0, 0.4))],
     )
-    s = torch.tensor([2.5, 5.0], dtype=DOUBLE)
-    b = 100 * torch.tensor([2.0, 2.0], dtype=DOUBLE) / 3.5
-    expected = 1 / ((s / 10).square() / (s + b)).sum()
-    assert value.item() == pytest.approx(expected.item())
+    data = {k: s.x.clone() for k, s in events().items() if k != "top"}
+    network = summary()
+    call = {
+        "loss": lambda: InfernoLoss(model)(network, data),
+        "all events": lambda: information(model, network, data),
+        "hard bins": lambda: hard_information(model, network.assign, data, 6),
+        "templates": lambda: templates(model, network, data),
+        "batches": lambda: Batches(model, data),
+    }[way]
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_samples_of_another_size_are_no_yields():
+    model, data = counting(["model"]), events()
+    top = data["top"]
+    short = Sample(top.x, varied={"model": (top.x[:50], top.x[:70])})
+    with pytest.raises(ValueError, match=r"got 150, 50, 70 events .* shape_only=True"):
+        InfernoLoss(model)(summary(), {**data, "top": short})
+
+
+def test_logits_are_no_bins():
+    for call in (
+        lambda: InfernoLoss(counting([]))(nn.Linear(2, 6).double(), events()),
+        lambda: information(counting([]), nn.Linear(2, 6).double(), events()),
+    ):
+        with pytest.raises(ValueError, match="End the network with SoftBins"):
+            call()
+
+
+def hooked(network):
+    network.encoder.net[0].register_forward_hook(lambda module, x, y: 1.5 * y)
+    return network
+
+
+def patched(network):
+    layer = network.encoder.net[0]
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    return network
+
+
+def parametrised(network):
+    nn.utils.parametrizations.spectral_norm(network.encoder.net[0])
+    return network.eval()
+
+
+def other_layer(network):
+    network.encoder.net[1] = nn.GELU()
+    return network
+
+
+@pytest.mark.parametrize("change", [hooked, patched, parametrised, other_layer])
+def test_what_was_done_to_shipped_layers_counts(change):
+    network, model, data = change(summary()), counting(["move", "scale"]), events()
+    value = InfernoLoss(model, log=False)(network, data)
+    torch.testing.assert_close(value, variance_by_hessian(network, model, data))
+
+
+def test_second_derivatives_of_the_loss():
+    found = []
+    for by_hand in (True, False):
+        network = summary()
+        value = InfernoLoss(counting(["move"]), by_hand=by_hand)(network, events())
+        weights = [p for n, p in network.named_parameters() if "logits.bias" not in n]
+        slopes = torch.autograd.grad(value, weights, create_graph=True)
+        found.append(torch.autograd.grad(sum(s.square().sum() for s in slopes), weights))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_portions_of_ones_own_add_up():
+    model, data, network = counting(["model"]), events(), summary()
+
+    def rows(sample, part):
+        return Sample(sample.x[part], None if sample.weight is None else sample.weight[part])
+
+    accumulator = InformationAccumulator(model)
+    for part in (slice(0, 130), slice(130, 150)):
+        own = {k: rows(s, part) for k, s in data.items()}
+        down, up = (rows(s, part) for s in data["top"].varied["model"])
+        own["top"] = Sample(own["top"].x, own["top"].weight, varied={"model": (down, up)})
+        accumulator.update(network, own)
+    whole = information(model, network, data)
+    torch.testing.assert_close(accumulator.compute().covariance, whole.covariance)
+
+
+def test_a_constraint_without_curvature_is_told():
+    with pytest.warns(UserWarning, match="has no curvature at its nominal value"):
+        CountingModel(
+            [Process("signal", 10.0, signal=True)],
+            [Normalisation(name="b", constraint=Uniform(0.5, 1.5), nominal=1.0, shift=0.1)],
+        )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, None])
+def test_momentum_of_batch_norm(momentum):
+    found = []
+    for way in ("tangents", "plain"):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(2, momentum=momentum)
+        network = nn.Sequential(norm, nn.Linear(2, 6), nn.Softmax(-1)).double()
+        parts = blocks(counting(["move"]), events())
+        if way == "tangents":
+            propagate(network, parts)
+        else:
+            order = [p for p in parts if p.moves] + [p for p in parts if not p.moves]
+            network(torch.cat([p.x for p in order]))
+        assert "forward" not in norm.__dict__
+        found.append(norm)
+    torch.testing.assert_close(found[0].running_mean, found[1].running_mean)
+    torch.testing.assert_close(found[0].running_var, found[1].running_var)

@@ -189,6 +189,34 @@ def test_dead_bins_and_a_collapse_are_told():
             fit(net, InfernoLoss(MODEL), samples(), epochs=1, lr=1e-6, progress=False)
 
 
+def test_a_classifier_is_scaled_as_a_summary():
+    from flowpost.inferno import CrossEntropyLoss
+
+    torch.manual_seed(0)
+    classifier = nn.Sequential(Tabular(2, 8, hidden=8, layers=1), nn.SiLU(), nn.Linear(8, 1))
+    data = {k: 1000 + 100 * x for k, x in samples().items()}
+    model = CountingModel(MODEL.processes)
+    fit(classifier, CrossEntropyLoss(model), data, epochs=1, progress=False)
+    assert bool(classifier[0].fitted)
+    inside = nn.Sequential(nn.Linear(2, 2), Tabular(2, 8, hidden=8, layers=1), nn.Linear(8, 1))
+    with pytest.warns(UserWarning, match="'1' has no scales"):
+        fit(inside, CrossEntropyLoss(model), data, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_precisions(precision):
+    net = network()
+    history = fit(net, InfernoLoss(MODEL), samples(), epochs=2, progress=False, precision=precision)
+    assert math.isfinite(history.best.val)
+
+
+def test_the_loss_begins_anew_behind_a_training(whole):
+    loss = InfernoLoss(MODEL, spread=0.3)
+    before = loss(whole[0], samples()).item()
+    fit(network(), loss, samples(), epochs=1, progress=False)
+    assert loss(whole[0], samples()).item() == before
+
+
 BAD = torch.where(torch.arange(2000)[:, None] == 7, torch.nan, samples()["signal"])
 
 

@@ -442,7 +442,7 @@ def test_filling_is_checked():
     with pytest.raises(ValueError, match=r"factors of transforms \(t\); got 2.0 of 'v'"):
         templates(model, assign, samples, 4, shifts={"v": 2.0})
     broken = Transform(
-        name="t", processes="near", constraint=Normal(0.0, 0.2), apply=lambda x, v: x / 0
+        name="t", processes="near", constraint=Normal(0.0, 0.2), apply=lambda x, v: x + v.sqrt()
     )
     network = SummaryModel(None, SoftBins(2, 2))
     with pytest.raises(ValueError, match=r"'near' \(t down\) cannot be put into bins: .*NaN"):

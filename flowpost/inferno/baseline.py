@@ -26,8 +26,7 @@ https://arxiv.org/abs/1806.04743, section 5.1, whose baseline this is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,9 +35,10 @@ from torch.nn import functional as F
 
 from .._checks import check_finite, check_positive_int, check_shape
 from .._events import called, chosen, joined, mapped, sizes
+from .._modes import evaluated
 from .information import Information, Sums, added
 from .model import CountingModel
-from .samples import Block, blocks
+from .samples import Block, blocks, check_nuisances, check_samples, first_floating
 
 __all__ = ["CrossEntropyLoss", "hard_information", "hard_sums", "score"]
 
@@ -75,6 +75,25 @@ class CrossEntropyLoss:
         self._share = {p.name: 0.5 * p.expected / totals[not p.signal] for p in model.processes}
         self._signal = {p.name: p.signal for p in model.processes}
 
+    def __repr__(self) -> str:
+        return f"CrossEntropyLoss({self._nominal!r})"
+
+    def evaluate(self, network: nn.Module, samples: Any, chunk: int = 65536) -> float:
+        """The loss of all events of samples, in evaluation mode, `chunk` of them at once."""
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        total = 0.0
+        with evaluated(network), torch.no_grad():
+            for part in blocks(self._nominal, samples):
+                weight = self._weight(part).double()
+                for portion in part.split(chunk):
+                    nats = self._nats(network, [portion.to(device)]).double().cpu()
+                    total += float(
+                        (portion.weights[part.key].double().cpu() * nats).sum()
+                        * self._share[part.key.process]
+                        / weight.cpu()
+                    )
+        return total
+
     def __call__(self, network: nn.Module, samples: Any) -> Tensor:
         """The loss of a batch.
 
@@ -88,22 +107,32 @@ class CrossEntropyLoss:
                 or the logits have another shape or are not finite.
         """
         parts = blocks(self._nominal, samples)
+        nats = self._nats(network, parts)
+        loss = nats.new_zeros(())
+        for part, own in zip(parts, nats.split([len(p) for p in parts]), strict=True):
+            weight = part.weights[part.key].to(own)
+            loss = loss + self._share[part.key.process] * (weight * own).sum() / self._weight(part)
+        return loss
+
+    def _nats(self, network: nn.Module, parts: list[Block]) -> Tensor:
+        """Cross-entropy (N,) of each event of blocks."""
         counts = [len(p) for p in parts]
         logits = _logits(network, joined([p.x for p in parts], counts), sum(counts))
         check_finite(logits, "logits", "Look for NaN in the inputs, or lower the learning rate.")
-        loss = logits.new_zeros(())
-        for part, logit in zip(parts, logits.split(counts), strict=True):
-            name = part.key.process
-            weight = part.weights[part.key].to(logit)
-            total = weight.sum()
-            if not bool(total > 0):
-                raise ValueError(
-                    f"Expected weights of {name!r} with a positive sum; got {float(total):g}. Use "
-                    "larger batches: negative weights must not outweigh the positive ones."
-                )
-            nats = F.softplus(-logit if self._signal[name] else logit)
-            loss = loss + self._share[name] * (weight * nats).sum() / total
-        return loss
+        sign = [-1.0 if self._signal[p.key.process] else 1.0 for p in parts]
+        signs = torch.tensor(sign).repeat_interleave(torch.tensor(counts))
+        return F.softplus(logits * signs.to(logits))
+
+    def _weight(self, part: Block) -> Tensor:
+        """The sum of weights of a block."""
+        total = part.weights[part.key].sum()
+        if not bool(total > 0):
+            raise ValueError(
+                f"Expected weights of {part.key.process!r} with a positive sum; got "
+                f"{float(total):g}. Use larger batches: negative weights must not outweigh the "
+                "positive ones."
+            )
+        return total
 
 
 def _logits(network: nn.Module, x: Any, events: int) -> Tensor:
@@ -142,7 +171,7 @@ def score(network: nn.Module, chunk: int = 65536) -> Callable[[Any], Tensor]:
             raise ValueError("Expected at least one event; got none.")
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         found = []
-        with _evaluated(network):
+        with evaluated(network):
             for rows in torch.arange(total).split(chunk):
                 part = mapped(chosen(x, rows), lambda t: t.to(device))
                 found.append(_logits(network, part, len(rows)).double())
@@ -152,17 +181,6 @@ def score(network: nn.Module, chunk: int = 65536) -> Callable[[Any], Tensor]:
         return logits.sigmoid()
 
     return function
-
-
-@contextmanager
-def _evaluated(network: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def hard_information(
@@ -200,7 +218,9 @@ def hard_information(
         >>> print(f"{hard_information(model, lambda x: x.long(), events, bins=2).width:.2f}")
         7.07
     """
-    return Information.of(model, hard_sums(assign, blocks(model, samples), bins, step, chunk))
+    check_nuisances(model, check_samples(model, samples))
+    found = hard_sums(assign, blocks(model, samples), bins, step, chunk)
+    return Information.of(model, found).told()
 
 
 def hard_sums(
@@ -232,7 +252,10 @@ def _counted(assign: Callable[[Any], Tensor], part: Block, bins: int, step: floa
     for key, weight in weights.items():
         found.bins[key] = torch.bincount(index, weight, bins)
         found.weight[key] = weight.sum()
-    like = _like(part.x)
+    if not part.key.nuisance:
+        found.gross[part.key] = torch.bincount(index, weights[part.key].abs(), bins)
+        found.hard[part.key] = torch.bincount(index, minlength=bins)
+    like = first_floating(part.x)
     for move in part.moves:
         nominal, h = float(move.nominal or 0.0), step * float(move.shift or 0.0)
         down, up = (
@@ -262,10 +285,3 @@ def _assigned(assign: Callable[[Any], Tensor], x: Any, part: Block, bins: int) -
             "their number."
         )
     return index.to(part.weights[part.key].device, torch.int64)
-
-
-def _like(x: Any) -> Tensor:
-    """A floating tensor of inputs, whose dtype and device the values of nuisances take."""
-    found: list[Tensor] = []
-    mapped(x, found.append)
-    return next((t for t in found if t.is_floating_point()), torch.zeros(()))

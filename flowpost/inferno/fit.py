@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_finite, check_positive_int, require
-from .._events import called, joined
+from .._events import called, joined, leaves
 from .._lightning import forked, quiet, trainer_of
 from ..encoders import Encoder
 from .history import SummaryEpoch, SummaryHistory
 from .model import CountingModel
-from .module import module_class, validation
+from .module import Portions, module_class, validation
 from .samples import Batches, Sample, check_samples, split
 from .summary import SummaryModel
 
@@ -92,7 +92,7 @@ def fit(
             "fit(SummaryModel(encoder, SoftBins(…)), InfernoLoss(model), samples)."
         )
     check_positive_int(epochs, "epochs")
-    if isinstance(val, float):
+    if isinstance(val, (int, float)):
         train, val = split(model, train, val, seed)
     train, val = check_samples(model, train), check_samples(model, val)
     batches = Batches(model, train, batch_size, seed)
@@ -106,7 +106,10 @@ def fit(
         "lr": lr,
         "weight_decay": weight_decay,
         "seed": seed,
-        "events": {k: len(s) for k, s in train.items()},
+        "gradient_clip": gradient_clip,
+        "precision": str(precision),
+        "loss": repr(loss),
+        "events": {k: _mark(s) for k, s in train.items()},
         "network": {k: list(v.shape) for k, v in network.state_dict().items()},
     }
     module.batches = batches
@@ -130,9 +133,12 @@ def fit(
         network.train()
         try:
             if len(module.rows) < epochs:
-                trainer.fit(module, batches, **options)
+                trainer.fit(module, Portions(batches), **options)
         finally:
             module.restore_best()
+            # a loop of one's own begins anew with it
+            if callable(getattr(loss, "anneal", None)):
+                loss.anneal(0.0)  # type: ignore[attr-defined]
             network.to(home).eval()
     if module.failure is not None:
         _failed(module)
@@ -154,13 +160,33 @@ def _check_inputs(network: nn.Module, samples: dict[str, Sample]) -> None:
                 raise ValueError(f"In the sample of {name!r}: {error}") from error
 
 
+def _mark(sample: Sample) -> list[float]:
+    """Numbers by which a sample is known again."""
+    return [len(sample), *(float(t.double().sum()) for t in leaves(sample.x))]
+
+
+def _first(network: nn.Module) -> nn.Module:
+    """The module that takes the inputs."""
+    if isinstance(network, SummaryModel) and network.encoder is not None:
+        return _first(network.encoder)
+    if isinstance(network, nn.Sequential) and len(network):
+        return _first(network[0])
+    return network
+
+
 def _fit_scale(network: nn.Module, samples: dict[str, Sample]) -> None:
-    wanted = isinstance(network, SummaryModel) or (
-        isinstance(network, Encoder) and not network.fitted
-    )
-    if wanted:
+    first = _first(network)
+    if isinstance(first, Encoder) and not first.fitted:
         parts = [s.at(torch.arange(min(len(s), _LOOK))) for s in samples.values()]
-        called(network.fit_scale, (joined([p.x for p in parts], [len(p) for p in parts]),))  # type: ignore[arg-type]
+        x = joined([p.x for p in parts], [len(p) for p in parts])
+        called(first.fit_scale, x)  # type: ignore[arg-type]
+    for name, part in network.named_modules():
+        if isinstance(part, Encoder) and not part.fitted:
+            warnings.warn(
+                f"The encoder {name!r} has no scales, and fit cannot tell what it is given. Call "
+                "its fit_scale(x) before, or make it the first module.",
+                stacklevel=4,
+            )
 
 
 def _failed(module: Any) -> None:

@@ -23,7 +23,7 @@ from .._checks import check_positive_int
 from .._events import sizes
 from .._progress import progress_bar
 from .model import Alternative, CountingModel, Nuisance, Reweighting, Transform
-from .samples import Block, Key, blocks
+from .samples import Block, Key, blocks, check_nuisances, check_samples, first_floating
 from .summary import SummaryModel
 from .templates import Templates
 
@@ -90,6 +90,7 @@ def templates(
     check_positive_int(chunk, "chunk")
     place = assign.assign if isinstance(assign, SummaryModel) else assign
     moved = _shifts(model, shifts)
+    check_nuisances(model, check_samples(model, samples))
     parts = blocks(model, samples)
     found = _Filled()
     with progress_bar(sum(map(len, parts)), "templates", progress) as bar, torch.no_grad():
@@ -127,17 +128,8 @@ def _fill(
         for side, sign in _SIDES:
             key = Key(part.key.process, move.name, side)
             value = float(move.nominal or 0.0) + sign * shifts[move.name]
-            x = move.apply(part.x, torch.tensor(value, dtype=_dtype(part.x)))
+            x = move.apply(part.x, first_floating(part.x).new_tensor(value))
             found.add(key, _index(place, x, key, size), weights[part.key], size)
-
-
-def _dtype(x: Any) -> torch.dtype:
-    """That of the first floating tensor in inputs."""
-    if isinstance(x, Tensor):
-        return x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    values = list(x.values() if isinstance(x, Mapping) else x)
-    floating = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    return floating[0].dtype if floating else torch.get_default_dtype()
 
 
 def _index(place: Callable[[Any], Any], x: Any, key: Key, size: int) -> Tensor:

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive_int
+from .._modes import evaluated
 from .._progress import progress_bar
-from .information import Information, Sums, expectation, inverse, sums
+from .information import Information, Sums, expectation, gross, inverse, sums
 from .model import CountingModel
-from .samples import Key, blocks
+from .samples import Key, blocks, check_nuisances, check_samples
 
 __all__ = ["InfernoLoss", "InformationAccumulator", "information"]
 
@@ -75,6 +76,10 @@ class InfernoLoss:
             raise ValueError(f"Expected spread as a number of at least 0; got {spread!r}.")
         self.model, self.log, self.spread, self.by_hand = model, log, spread, by_hand
         self._progress = 0.0
+        self._looked = False
+
+    def __repr__(self) -> str:
+        return f"InfernoLoss({self.model!r}, log={self.log}, spread={self.spread:g})"
 
     def anneal(self, progress: float) -> None:
         """Lower the weight of the bins' use to that of a progress in [0, 1]."""
@@ -92,19 +97,23 @@ class InfernoLoss:
             ValueError: If samples are missing, the summary is not finite, or the bins leave a
                 combination of parameters open.
         """
+        if not self._looked:
+            check_nuisances(self.model, check_samples(self.model, samples))
+            self._looked = True
         found = sums(summary, blocks(self.model, samples), by_hand=self.by_hand)
         counts, slopes = expectation(self.model, found)
-        variance = inverse(self.model, counts, slopes)[0, 0]
-        largest = float(counts.detach().max() / counts.detach().sum())
+        size = gross(self.model, found)
+        variance = inverse(self.model, counts, slopes, size)[0, 0]
+        largest = float((size / size.sum()).detach().max())
         if largest > _COLLAPSED:
-            self._warn(int(counts.argmax()), math.sqrt(float(variance.detach())))
+            self._warn(int(size.argmax()), math.sqrt(float(variance.detach())))
         value = variance.log() if self.log else variance
         weight = self.spread * (1 - self._progress)
         return value - weight * _entropy(self.model, found) if weight else value
 
     def evaluate(self, summary: nn.Module, samples: Any) -> float:
         """The loss of all events of samples together, in portions and evaluation mode."""
-        variance = information(self.model, summary, samples).covariance[0, 0]
+        variance = _gathered(self.model, summary, samples).covariance[0, 0]
         return float(variance.log() if self.log else variance)
 
     def _warn(self, bin_: int, width: float) -> None:
@@ -154,15 +163,14 @@ class InformationAccumulator:
 
     def _add(self, summary: nn.Module, part: Any, chunk: int) -> None:
         device = next((p.device for p in summary.parameters()), torch.device("cpu"))
-        modes = {m: m.training for m in summary.modules()}
-        summary.eval()
-        try:
+        own = float(part.weights[part.key].double().sum())
+        # portions of a larger sample say so by their total; others add up to one
+        whole = abs(part.total - own) <= 1e-9 * abs(own)
+        before = self.sums.totals.get(part.key, 0.0) if whole else 0.0
+        with evaluated(summary):
             for portion in part.split(chunk):
-                found = sums(summary, [portion.to(device)])
-                self.sums.add(found)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+                self.sums.add(sums(summary, [portion.to(device)]))
+        self.sums.totals[part.key] = before + part.total
 
     def compute(self) -> Information:
         """The uncertainties that all events together give.
@@ -195,6 +203,17 @@ def information(
     Raises:
         ValueError: As `InfernoLoss`.
     """
+    check_nuisances(model, check_samples(model, samples))
+    return _gathered(model, summary, samples, chunk, progress).told()
+
+
+def _gathered(
+    model: CountingModel,
+    summary: nn.Module,
+    samples: Any,
+    chunk: int = 8192,
+    progress: bool = False,
+) -> Information:
     check_positive_int(chunk, "chunk")
     accumulator = InformationAccumulator(model)
     parts = blocks(model, samples)

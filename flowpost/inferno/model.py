@@ -15,6 +15,7 @@ https://arxiv.org/abs/1806.04743; K. Cranmer et al., *HistFactory*, 2012, CERN-O
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, LogNormal, Normal
-
-from .._events import leaves
 
 __all__ = [
     "Alternative",
@@ -107,6 +106,11 @@ class Nuisance:
             object.__setattr__(self, "processes", (self.processes,))
         elif self.processes is not None:
             object.__setattr__(self, "processes", tuple(self.processes))
+            if not self.processes:
+                raise ValueError(
+                    f"Expected at least one process of {self.name!r}; got none. Leave processes=… "
+                    "away for all of them."
+                )
         if constraint is not None:
             self._check_mode(nominal)
         shift = self._shift() if self.shift is None else float(self.shift)
@@ -245,11 +249,6 @@ class Transform(Nuisance):
                 f"{self.apply!r}."
             )
 
-    def at_nominal(self, x: Any) -> Tensor:
-        """The nominal value as a scalar tensor of the inputs' kind."""
-        like = next((t for t in leaves(x) if t.is_floating_point()), torch.zeros(()))
-        return like.new_tensor(float(self.nominal or 0.0))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Alternative(Nuisance):
@@ -337,6 +336,14 @@ class CountingModel:
         if not 0 < self.nominal < math.inf:
             raise ValueError(f"Expected nominal as a positive number; got {nominal!r}.")
         self.names = (poi, *(n.name for n in self.nuisances))
+        for nuisance in self.nuisances:
+            if not (nuisance.free or nuisance.curvature() > 0):
+                warnings.warn(
+                    f"The constraint {nuisance.constraint} of {nuisance.name!r} has no curvature "
+                    "at its nominal value: Fisher information takes it for free. Use a Normal of "
+                    "the same width.",
+                    stacklevel=2,
+                )
         self.values = torch.tensor(
             [self.nominal, *(float(n.nominal or 0.0) for n in self.nuisances)], dtype=torch.float64
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,13 +13,33 @@ from torch import Tensor, nn
 
 from .._checks import require
 from .history import SummaryEpoch
-from .samples import Sample
+from .samples import Batches, Sample
 from .summary import SoftBins
 
-__all__ = ["module_class", "validation"]
+__all__ = ["Portions", "module_class", "validation"]
 
 # of each step's running average of the weights, some five epochs of 100 batches
 _AVERAGE = 0.998
+
+
+class Portions:
+    """Batches as Lightning passes them on, without looking into them."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Portion]:
+        return map(Portion, self.batches)
+
+
+class Portion:
+    """The samples of a step."""
+
+    def __init__(self, samples: dict[str, Sample]) -> None:
+        self.samples = samples
 
 
 def validation() -> Any:
@@ -100,8 +120,10 @@ def module_class() -> type:
 
         def training_step(self, batch: Any, index: int) -> Tensor | None:
             """Loss of a batch; None, and the end of the training, where there is none."""
+            like = next(self.network.parameters())
             try:
-                value = self.loss(self.network, batch)
+                samples = {k: s.to(like.device, like.dtype) for k, s in batch.samples.items()}
+                value = self.loss(self.network, samples)
                 if not bool(torch.isfinite(value)):
                     raise ValueError(
                         f"Expected a finite loss; got {float(value)}. Lower lr, and look for "
@@ -134,7 +156,12 @@ def module_class() -> type:
             self._swap()
             self.network.eval()
             try:
-                value = _evaluated(self.loss, self.network, self.held)
+                value = _validated(self.loss, self.network, self.held)
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"Expected a finite validation loss; got {value}. Lower lr, and look for "
+                        "extreme inputs and weights."
+                    )
             except ValueError as error:
                 value, self.failure = math.nan, error
             if math.isfinite(value) and value < self.best:
@@ -185,11 +212,12 @@ def module_class() -> type:
     return Training
 
 
-def _evaluated(loss: Any, network: nn.Module, samples: dict[str, Sample]) -> float:
+def _validated(loss: Any, network: nn.Module, samples: dict[str, Sample]) -> float:
     """Loss of all events together, in portions where the loss knows how."""
     evaluate = getattr(loss, "evaluate", None)
     if evaluate is not None:
         return float(evaluate(network, samples))
-    device = next(network.parameters()).device
+    like = next(network.parameters())
     with torch.no_grad():
-        return float(loss(network, {k: s.to(device) for k, s in samples.items()}))
+        held = {k: s.to(like.device, like.dtype) for k, s in samples.items()}
+        return float(loss(network, held))

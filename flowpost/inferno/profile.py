@@ -380,6 +380,14 @@ def _crossings(
         inner, outer = torch.where(below, away, inner), torch.where(below, outer, away)
         done = ((height - z).abs() < _CLOSE) | (outer - inner < _CLOSE * width)
         if bool(done.all()):
+            # where the range of counts and parameters ends before, bisection runs into its end
+            for value in at[(height - z).abs() > 0.01].tolist():
+                warnings.warn(
+                    f"The likelihood ends at {best.names[index]} = {value:.4g}, where a count or a "
+                    f"parameter leaves its range, before √(2Δnll) is {z:.3g}: the interval ends "
+                    "there.",
+                    stacklevel=4,
+                )
             low, high = at.tolist()
             return low, high
         if bool((inner > _REACH * width).any()):

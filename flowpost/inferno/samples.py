@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,7 +14,17 @@ from .._checks import as_tensor, check_finite, check_positive_int, check_shape
 from .._events import chosen, leaves, mapped, sizes
 from .model import Alternative, CountingModel, Reweighting, Transform
 
-__all__ = ["Batches", "Block", "Key", "Sample", "blocks", "check_samples", "split"]
+__all__ = [
+    "Batches",
+    "Block",
+    "Key",
+    "Sample",
+    "blocks",
+    "check_nuisances",
+    "check_samples",
+    "first_floating",
+    "split",
+]
 
 # events by which a transform is looked at
 _LOOK = 64
@@ -61,6 +72,7 @@ class Sample:
             for name, pair in self.varied.items()
         }
         object.__setattr__(self, "varied", varied)
+        object.__setattr__(self, "_stated", self.total is not None or self.weight is not None)
         if self.total is None:
             total = size if self.weight is None else float(self.weight.double().sum())
             object.__setattr__(self, "total", float(total))
@@ -81,20 +93,21 @@ class Sample:
             self.total,
         )
 
-    def to(self, *args: Any, **options: Any) -> Sample:
-        """The same on another device; `torch.Tensor.to`'s arguments."""
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Sample:
+        """The same on another device, and with floating tensors of another type."""
 
         def move(value: Any) -> Any:
-            return mapped(value, lambda t: t.to(*args, **options))
+            def one(t: Tensor) -> Tensor:
+                return t.to(device, dtype if t.is_floating_point() else None)
+
+            return mapped(value, one)
 
         return replace(
             self,
             x=move(self.x),
             weight=move(self.weight),
             factors=move(self.factors),
-            varied={
-                k: tuple(s.to(*args, **options) for s in pair) for k, pair in self.varied.items()
-            },
+            varied={k: tuple(s.to(device, dtype) for s in pair) for k, pair in self.varied.items()},
         )
 
 
@@ -141,6 +154,8 @@ def check_samples(model: CountingModel, samples: Any) -> dict[str, Sample]:
                         f"Expected {what} of {nuisance.name!r} in the sample of {name!r}; got none."
                         f" Give Sample(…, {what}={{{nuisance.name!r}: (down, up)}})."
                     )
+        for nuisance in model.of_kind(Alternative, name):
+            _check_yields(nuisance, sample, name)
         if not (sample.total or 0.0) > 0:
             raise ValueError(
                 f"Expected weights of {name!r} with a positive sum; got {sample.total:g}."
@@ -149,25 +164,71 @@ def check_samples(model: CountingModel, samples: Any) -> dict[str, Sample]:
     return found
 
 
-def check_transforms(model: CountingModel, samples: Mapping[str, Sample]) -> None:
-    """Raise unless transforms leave events as they are at the nominal value.
+def _check_yields(nuisance: Alternative, sample: Sample, process: str) -> None:
+    """Raise where numbers of events would be read as yields."""
+    parts = (sample, *sample.varied[nuisance.name])
+    stated = [getattr(s, "_stated", True) for s in parts]
+    if not (nuisance.shape_only or any(stated) or len({len(s) for s in parts}) == 1):
+        raise ValueError(
+            f"Expected samples of {nuisance.name!r} of {process!r} with weights, or all of one "
+            f"size; got {', '.join(str(len(s)) for s in parts)} events (nominal, down, up), which "
+            "would stand for yields. Give weights or total=…, or set shape_only=True."
+        )
+
+
+def first_floating(x: Any) -> Tensor:
+    """A floating tensor of inputs, whose dtype and device the values of nuisances take."""
+    return next((t for t in leaves(x) if t.is_floating_point()), torch.zeros(()))
+
+
+def check_nuisances(model: CountingModel, samples: Mapping[str, Sample]) -> None:
+    """Look at what transforms do to some events.
 
     Raises:
-        ValueError: If the shape or a value changes.
+        ValueError: If one works in place, changes events at its nominal value or their shape, or
+            has no derivative in its value though it moves events.
     """
     for process, sample in samples.items():
-        x = chosen(sample.x, torch.arange(min(len(sample), _LOOK)))
         for move in model.of_kind(Transform, process):
-            before, after = list(leaves(x)), list(leaves(move.apply(x, move.at_nominal(x))))
-            same = len(before) == len(after) and all(
-                a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-                for a, b in zip(before, after, strict=True)
-            )
-            if not same:
-                raise ValueError(
-                    f"Expected apply of {move.name!r} to leave events as they are at its nominal "
-                    f"value {move.nominal:g}; {process!r} changes. Set nominal=…, or mend apply."
-                )
+            x = chosen(sample.x, torch.arange(min(len(sample), _LOOK)))
+            _check_transform(move, x, process)
+
+
+def _check_transform(move: Transform, x: Any, process: str) -> None:
+    before = [t.clone() for t in leaves(x)]
+    at = first_floating(x).new_tensor(float(move.nominal or 0.0))
+    moved = list(leaves(move.apply(x, at + float(move.shift or 0.0))))
+    if not all(torch.equal(a, b) for a, b in zip(before, leaves(x), strict=True) if _known(a)):
+        raise ValueError(
+            f"Expected apply of {move.name!r} to return new inputs; it changes those that it is "
+            "given. Work on x.clone()."
+        )
+    after = list(leaves(move.apply(x, at)))
+    same = len(before) == len(after) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        for a, b in zip(before, after, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"Expected apply of {move.name!r} to leave events as they are at its nominal "
+            f"value {move.nominal:g}; {process!r} changes. Set nominal=…, or mend apply."
+        )
+    if all(torch.equal(a, b) for a, b in zip(after, moved, strict=True)):
+        return
+    value = at.clone().requires_grad_()
+    with torch.enable_grad(), warnings.catch_warnings():
+        # of numbers made of a tensor with a gradient: an error says more
+        warnings.simplefilter("ignore")
+        parts = [t for t in leaves(move.apply(x, value)) if t.requires_grad]
+    if not parts:
+        raise ValueError(
+            f"Expected apply of {move.name!r} to be differentiable in its value; its result does "
+            "not depend on it by torch. Use the tensor that it is given, without float() or numpy."
+        )
+
+
+def _known(t: Tensor) -> bool:
+    return not t.is_floating_point() or not bool(t.isnan().any())
 
 
 class Batches:
@@ -191,8 +252,9 @@ class Batches:
     def __init__(self, model: CountingModel, samples: Any, size: int = 1000, seed: int = 0) -> None:
         self.model = model
         self.samples = check_samples(model, samples)
-        check_transforms(model, self.samples)
-        self.size = check_positive_int(size, "size")
+        check_nuisances(model, self.samples)
+        # of a larger one, events would be there several times
+        self.size = min(check_positive_int(size, "size"), max(map(len, self.samples.values())))
         self.seed, self.epoch = seed, 0
         self._names = {p: [n.name for n in model.of_kind(Alternative, p)] for p in self.samples}
         longest = max(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .._checks import as_tensor, check_finite, check_positive_int, check_shape
 from .._events import called, chosen, mapped, sizes
+from .._modes import evaluated
 from ..encoders import Encoder
 
 __all__ = ["SoftBins", "SummaryModel", "hard_assign", "signal_order"]
@@ -151,16 +152,11 @@ class SummaryModel(nn.Module):
         if not total:
             raise ValueError("Expected at least one event; got none.")
         device = self.head.logits.weight.device
-        modes = {m: m.training for m in self.modules()}
-        self.eval()
-        try:
-            found = []
+        found = []
+        with evaluated(self):
             for rows in torch.arange(total).split(chunk):
                 part = mapped(chosen(x, rows), lambda t: t.to(device))
                 found.append(hard_assign(self(part)))
-        finally:
-            for module, training in modes.items():
-                module.training = training
         return torch.cat(found)
 
 

@@ -14,6 +14,7 @@ do not move with a nuisance.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -28,7 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
 from .._events import joined, sizes
-from ..encoders import _SQUASH, Tabular
+from .._modes import evaluated
+from ..encoders import _SQUASH, Squash, Tabular
 from .model import Transform
 from .samples import Block
 from .summary import SoftBins, SummaryModel
@@ -49,6 +51,31 @@ def propagate(
         parts: Blocks of events.
         by_hand: Take the shorter way where the layers are known.
     """
+    groups: dict[tuple[Transform, ...], list[int]] = {}
+    for i, part in enumerate(parts):
+        groups.setdefault(part.moves, []).append(i)
+    moving = [g for g in groups if g]
+    if len(moving) > 1 and not _norms(network):
+        # events do not see each other: each group for itself, with the tangents of its own alone
+        still = groups.pop((), [])
+        found: list[tuple[Tensor, dict[str, Tensor]]] = [(torch.empty(0), {})] * len(parts)
+        for k, rows in enumerate(groups.values()):
+            own = [*rows, *(still if not k else [])]
+            result = _propagated(network, [parts[i] for i in own], by_hand)
+            for i, b, slope in zip(own, *result, strict=True):
+                found[i] = b, slope
+        return [b for b, _ in found], [slope for _, slope in found]
+    return _propagated(network, parts, by_hand)
+
+
+def _norms(network: nn.Module) -> list[Any]:
+    """Batch norms in training: their events see each other."""
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training]
+
+
+def _propagated(
+    network: nn.Module, parts: Sequence[Block], by_hand: bool
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     names: dict[str, Transform] = {t.name: t for part in parts for t in part.moves}
     if not names:
         return _split(_forward(network, [p.x for p in parts]), parts), [{} for _ in parts]
@@ -116,17 +143,24 @@ def _by_any(
         return _by_jvp(network, parts, moves)
     except torch.OutOfMemoryError:
         raise
-    except (NotImplementedError, RuntimeError):
-        # a layer without forward derivative, or an error that the plain pass will raise again
-        found = _by_differences(network, parts, moves)
+    except (NotImplementedError, RuntimeError) as error:
+        with evaluated(network), torch.no_grad():
+            # what is wrong without derivatives has an error of its own
+            _forward(network, [p.x for p in parts])
         _NO_FORWARD.add(network)
-        return found
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"The network, or a Transform, has no forward derivative ({reason[:120]}): tangents "
+            "are taken by differences, in more passes.",
+            stacklevel=6,
+        )
+        return _by_differences(network, parts, moves)
 
 
 def _by_differences(
     network: nn.Module, parts: Sequence[Block], moves: Sequence[Transform]
 ) -> tuple[Tensor, Tensor]:
-    if any(isinstance(m, _BatchNorm) and m.training for m in network.modules()):
+    if _norms(network):
         raise ValueError(
             "Expected batch norm in evaluation mode beside a layer without forward derivatives "
             "(such as an LSTM); got it in training. Call .eval() on it, or use another norm."
@@ -135,7 +169,8 @@ def _by_differences(
     at = _nominal(moves, like)
     moving = [p for p in parts if p.moves]
     still = [p.x for p in parts if not p.moves]
-    seed = int(torch.empty((), dtype=torch.int64).random_())
+    # without dropout there is nothing to draw, and the global generator stays as it is
+    seed = int(torch.empty((), dtype=torch.int64).random_()) if network.training else 0
     devices = [like.device] if like.device.type == "cuda" else []
 
     def run(values: Tensor) -> Tensor:
@@ -162,7 +197,7 @@ def _by_jvp(
     """Bins of all events and tangents (T, M, K) of the M events of blocks that move."""
     like = next((p for p in network.parameters()), torch.zeros(()))
     at = _nominal(moves, like)
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training]
+    norms = _norms(network)
     moving = [p for p in parts if p.moves]
     still = [p.x for p in parts if not p.moves]
 
@@ -216,13 +251,16 @@ class _Constant(torch.autograd.Function):
 @contextmanager
 def _nominal_statistics(norms: Sequence[Any]) -> Iterator[None]:
     """Batch norms in training, whose statistics carry no tangents."""
+    own = [norm.__dict__.get("forward") for norm in norms]
     for norm in norms:
         norm.forward = MethodType(_normalised, norm)
     try:
         yield
     finally:
-        for norm in norms:
+        for norm, before in zip(norms, own, strict=True):
             del norm.forward
+            if before is not None:
+                norm.forward = before
 
 
 def _normalised(norm: Any, x: Tensor) -> Tensor:
@@ -234,9 +272,12 @@ def _normalised(norm: Any, x: Tensor) -> Tensor:
         count = x.numel() // x.shape[1]
         norm.num_batches_tracked.add_(1)
         # momentum None stands for the mean over all batches
-        share = norm.momentum or 1.0 / norm.num_batches_tracked.to(x.dtype)
-        norm.running_mean.lerp_(mean.detach(), share)
-        norm.running_var.lerp_(var.detach() * count / max(1, count - 1), share)
+        share = norm.momentum
+        if share is None:
+            share = 1.0 / norm.num_batches_tracked.to(norm.running_mean)
+        norm.running_mean.lerp_(mean.detach().to(norm.running_mean), share)
+        unbiased = var.detach() * count / max(1, count - 1)
+        norm.running_var.lerp_(unbiased.to(norm.running_var), share)
     y = (x - mean.reshape(shape)) * torch.rsqrt(var.reshape(shape) + norm.eps)
     if norm.affine:
         y = y * norm.weight.reshape(shape) + norm.bias.reshape(shape)
@@ -266,17 +307,17 @@ def _by_hand(
 
 def _known(module: nn.Module) -> bool:
     """Whether a network is made of layers whose tangents are written here."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    hooks = [module._forward_hooks, module._forward_pre_hooks]
+    hooks += [module._backward_hooks, module._backward_pre_hooks]
+    if any(hooks) or "forward" in module.__dict__:
         return False
-    if type(module) is SummaryModel:
-        return (module.encoder is None or _known(module.encoder)) and _known(module.head)
-    if type(module) is SoftBins:
-        return True
-    if type(module) is nn.Sequential:
-        return all(_known(m) for m in module)
-    if type(module) is Tabular:
-        return not module.missing
-    return type(module) in _LAYERS
+    if type(module) is Tabular and module.missing:
+        return False
+    if type(module) is nn.Softmax:
+        return module.dim in (-1, 1)
+    if type(module) in (SummaryModel, SoftBins, nn.Sequential, Tabular):
+        return all(_known(m) for m in module.children())
+    return type(module) is Squash or type(module) in _LAYERS
 
 
 def _layer(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,9 +340,7 @@ def _layer(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     if type(module) is SoftBins:
         cold = torch.exp(-module.log_temperature)
         x, t = (v * cold for v in _linear(module.logits, x, t))
-        b = torch.softmax(x, -1)
-        moving = b[: t.shape[1]]
-        return b, moving * (t - (moving * t).sum(-1, keepdim=True))
+        return _softmax(module, x, t)
     return _LAYERS[type(module)](module, x, t)
 
 
@@ -315,6 +354,12 @@ def _squash(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     part = (x[: t.shape[1]] - module.loc) / module.scale
     excess = part - part.clamp(-_SQUASH, _SQUASH)
     return y, t * torch.rsqrt(1 + excess.square()) / module.scale
+
+
+def _softmax(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    b = torch.softmax(x, -1)
+    moving = b[: t.shape[1]]
+    return b, moving * (t - (moving * t).sum(-1, keepdim=True))
 
 
 def _dropout(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,23 +382,25 @@ class _SiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, t)
         s = torch.sigmoid(x)
         y = x * s
-        m = t.shape[1]
-        slope = torch.addcmul(s, y, 1 - s)
-        ctx.save_for_backward(t, s, y, slope)
-        return y, t * slope[:m]
+        return y, t * torch.addcmul(s, y, 1 - s)[: t.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
-        t, s, y, slope = ctx.saved_tensors
+        # of the inputs anew, so that it can be differentiated again
+        x, t = ctx.saved_tensors
         m = t.shape[1]
+        s = torch.sigmoid(x)
+        y = x * s
+        slope = torch.addcmul(s, y, 1 - s)
         gx = gy * slope
         # d slope / dx = σ' (2 + x − 2 y), with σ' = σ (1 − σ) and σ' x = y (1 − σ)
         s, y = s[:m], y[:m]
         bend = (1 - s) * (2 * s + y - 2 * s * y)
-        gx[:m] += (gt * t).sum(0) * bend
-        return gx, gt * slope[:m]
+        moving = gx[:m] + (gt * t).sum(0) * bend
+        return torch.cat([moving, gx[m:]]), gt * slope[:m]
 
 
 def _silu(module: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,6 +411,7 @@ _LAYERS: dict[type, Callable[..., tuple[Tensor, Tensor]]] = {
     nn.Identity: lambda module, x, t: (x, t),
     nn.Linear: _linear,
     nn.Dropout: _dropout,
+    nn.Softmax: _softmax,
     nn.SiLU: _silu,
     nn.ReLU: _pointwise(lambda x, y: (x > 0).to(x)),
     nn.Tanh: _pointwise(lambda x, y: 1 - y * y),

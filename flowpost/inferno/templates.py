@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .._checks import as_tensor, check_finite, check_shape
-from .information import Information, inverse
+from .information import Information, inverse, occupied
 from .interpolation import Rates, compose, unit
 from .model import CountingModel, Normalisation, Nuisance
 from .profile import FitResult, Impacts, Scan, fit, impacts, profile
@@ -213,7 +213,8 @@ class Templates:
         # profiling a factor of relative width e on a bin takes its variance from λ to λ + e²λ²
         shrink = (1 + self.errors.square() * counts).rsqrt() if mc_stat else 1.0
         covariance = inverse(self.model, counts, self.slopes() * shrink)
-        return Information(self.model.names, covariance, counts, self.signal)
+        used = int(occupied(counts).sum())
+        return Information(self.model.names, covariance, counts, self.signal, used)
 
     @property
     def covariance(self) -> Tensor:
