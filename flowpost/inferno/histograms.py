@@ -86,6 +86,11 @@ def templates(
     """
     if bins is None and not isinstance(assign, SummaryModel):
         raise ValueError("Expected bins=K beside a function that assigns them; got none.")
+    if isinstance(assign, SummaryModel) and bins not in (None, assign.bins):
+        raise ValueError(
+            f"Expected the {assign.bins} bins of the SummaryModel; got bins={bins!r}. Leave it "
+            "away, and merge templates: templates.merged(groups)."
+        )
     size = assign.bins if isinstance(assign, SummaryModel) else check_positive_int(bins, "bins")
     check_positive_int(chunk, "chunk")
     place = assign.assign if isinstance(assign, SummaryModel) else assign
@@ -143,7 +148,8 @@ def _index(place: Callable[[Any], Any], x: Any, key: Key, size: int) -> Tensor:
     if index.shape != (events,) or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
             f"Expected whole bin indices ({events},) for {said}; got {index.dtype} of shape "
-            f"{tuple(index.shape)}. Of probabilities, inferno.hard_assign gives the bins."
+            f"{tuple(index.shape)}. Of probabilities (N, K), lambda x: hard_assign(network(x)) "
+            "gives the bins."
         )
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= size:

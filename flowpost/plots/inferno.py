@@ -68,7 +68,10 @@ def plot_templates(
     rows = -(-len(top.get_legend_handles_labels()[0]) // 3)
     # room for the legend above the counts
     room, most = 0.13 * rows + 0.08, float(highest.max())
-    bottom = 0.3 * float(highest[highest > 0].min()) if log else 0.0
+    # so low that what lies under the signal shows, unless it is next to nothing
+    below = (templates.total - templates.signal)[order]
+    low = torch.maximum(below, 0.01 * highest)
+    bottom = 0.3 * float(low[highest > 0].min()) if log else 0.0
     top.set(xlim=(-0.5, templates.bins - 0.5), ylabel="expected counts")
     top.set_yscale("log" if log else "linear")
     top.set_ylim(bottom, most * (most / bottom) ** room if log else most * (1 + room))
