@@ -23,6 +23,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -294,13 +295,14 @@ def _by_hand(
             continue
         at = _nominal(moves, part.x)
 
-        def apply(values: Tensor, part: Block = part) -> Tensor:
-            return _moved(part.x, part.moves, moves, values)
-
-        # few directions: one pass each costs less than a pass over all of them at once
-        passes: list[Any] = [jvp(apply, (at,), (v,)) for v in torch.eye(len(moves)).to(at)]
-        inputs.append(passes[0][0])
-        tangents.append(torch.stack([slope for _, slope in passes]))
+        slopes = []
+        for direction in torch.eye(len(moves)).to(at):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(at, direction)
+                moved = forward_ad.unpack_dual(_moved(part.x, part.moves, moves, dual))
+            slopes.append(torch.zeros_like(part.x) if moved.tangent is None else moved.tangent)
+        inputs.append(moved.primal)
+        tangents.append(torch.stack(slopes))
     x, t = torch.cat(inputs), torch.cat(tangents, 1)
     return _layer(network, x, t)
 
