@@ -13,12 +13,31 @@ from .spaces import Circle, Interval, Positive, Product, Real, Sphere
 from .training import fit
 
 if TYPE_CHECKING:
-    from . import goodness, inferno, likelihood, simulators, skymap, systematics
+    from . import (
+        calibration,
+        goodness,
+        inferno,
+        likelihood,
+        metrics,
+        simulators,
+        skymap,
+        systematics,
+    )
 
 __version__ = "0.1.0"
 
 # imported when they are first asked for: a training needs none of them
-_LATER = ("goodness", "inferno", "likelihood", "plots", "simulators", "skymap", "systematics")
+_LATER = (
+    "calibration",
+    "goodness",
+    "inferno",
+    "likelihood",
+    "metrics",
+    "plots",
+    "simulators",
+    "skymap",
+    "systematics",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -41,6 +60,7 @@ __all__ = [
     "Product",
     "Real",
     "Sphere",
+    "calibration",
     "coverage",
     "diagnostics",
     "directions",
@@ -51,6 +71,7 @@ __all__ = [
     "likelihood",
     "load",
     "losses",
+    "metrics",
     "save",
     "simulators",
     "skymap",

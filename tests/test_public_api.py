@@ -11,7 +11,8 @@ import flowpost as fp
 NAMES = """
 Circle Interval Positive Posterior PosteriorHead PosteriorModel Product Real Sphere
 coverage fit load save
-diagnostics directions encoders goodness inferno likelihood losses simulators skymap systematics
+calibration diagnostics directions encoders goodness inferno likelihood losses metrics
+simulators skymap systematics
 """
 
 MODULES = {
@@ -31,6 +32,9 @@ MODULES = {
     "flowpost.simulators.anomalies": "dead_string overlay track_like",
     "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
     "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
+    "flowpost.calibration": "Align",
+    "flowpost.metrics": "distance_correlation energy_distance sliced_wasserstein symmetric_kl "
+    "wasserstein_1d",
     "flowpost.inferno": "Alternative Batches Binning CountingModel CrossEntropyLoss FitResult "
     "Impacts "
     "InfernoLoss Information InformationAccumulator Normalisation Process PyhfFit "
