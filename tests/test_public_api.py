@@ -33,7 +33,8 @@ MODULES = {
     "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
     "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
     "flowpost.calibration": "Align",
-    "flowpost.metrics": "distance_correlation energy_distance sliced_wasserstein symmetric_kl "
+    "flowpost.metrics": "ClassifierScore ClassifierTest DensityRatio auc classifier_test "
+    "distance_correlation energy_distance sliced_wasserstein symmetric_kl "
     "wasserstein_1d",
     "flowpost.inferno": "Alternative Batches Binning CountingModel CrossEntropyLoss FitResult "
     "Impacts "

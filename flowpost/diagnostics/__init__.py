@@ -8,6 +8,7 @@ are necessary, not sufficient: `sharpness` belongs beside them.
 from __future__ import annotations
 
 from .accumulator import CoverageAccumulator
+from .c2st import c2st
 from .coverage import coverage, level_coverage
 from .hpd import hpd_coverage, hpd_levels
 from .levels import LevelAccumulator
@@ -31,6 +32,7 @@ __all__ = [
     "Sharpness",
     "anderson_darling_pvalue",
     "anderson_darling_uniform",
+    "c2st",
     "coverage",
     "hpd_coverage",
     "hpd_levels",
