@@ -32,7 +32,15 @@ MODULES = {
     "flowpost.simulators.anomalies": "dead_string overlay track_like",
     "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
     "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
-    "flowpost.calibration": "Align",
+    "flowpost.calibration": "Align Conformal Recalibrator conformal_levels",
+    "flowpost.diagnostics": "Coverage CoverageAccumulator LevelAccumulator LevelCoverage "
+    "LocalCoverage LocalRegion SBC Sharpness anderson_darling_pvalue anderson_darling_uniform c2st "
+    "coverage hpd_coverage hpd_levels ks_pvalue ks_uniform level_coverage local_coverage sbc "
+    "sbc_ranks sharpness tarp tarp_levels",
+    "flowpost.plots": "Region draws_region grid_region mass_threshold plot_corner plot_coverage "
+    "plot_gallery plot_history plot_impacts plot_local_coverage plot_nuisances plot_p_values "
+    "plot_pulls plot_ranks plot_ratio plot_reliability plot_roc plot_scan plot_skymap "
+    "plot_summary_history plot_systematics plot_templates plot_zoom",
     "flowpost.metrics": "ClassifierScore ClassifierTest DensityRatio auc classifier_test "
     "distance_correlation energy_distance sliced_wasserstein symmetric_kl "
     "wasserstein_1d",
@@ -179,6 +187,25 @@ systematics.Marginal(model, context, nu, reference=None)
 systematics.Marginal.quantile(self, levels, draws=1024, generator=None)
 systematics.Marginal.interval(self, level=0.6827, draws=1024, generator=None)
 systematics.Marginal.entropy(self, draws=128, generator=None)
+calibration.Recalibrator(model, *, radial=True, coordinates=False, bins=4, smooth=0.0)
+calibration.Recalibrator.fit(self, x, z, weight=None, by=None, *, reference=None, seed=0, \
+progress=False)
+calibration.Recalibrator.forward(self, x, *, by=None, reference=None)
+calibration.Conformal(model, kind='base', *, draws=256, bins=4)
+calibration.Conformal.fit(self, x, z, by=None, *, reference=None, seed=0, progress=False)
+calibration.Conformal.level(self, level=0.9, x=None, *, by=None, reference=None)
+calibration.Conformal.contains(self, x, z, level=0.9, *, by=None, reference=None, seed=1, \
+progress=False)
+calibration.conformal_levels(levels_of_truth, alpha=0.1)
+diagnostics.local_coverage(u, context, *, names=None, classifier='hist-gradient-boosting', \
+trials=200, stop=20, folds=3, depth=2, smallest=0.05, seed=0, progress=False)
+diagnostics.c2st(model, x, z, *, reference=None, summary=None, weight=None, features=None, \
+seed=0, **options)
+diagnostics.coverage(u, *, log_prob=None, weight=None, levels=20, by=None, bins=None, names=None)
+diagnostics.hpd_levels(posterior, z, draws=256, generator=None)
+metrics.classifier_test(x, y, *, weight_x=None, weight_y=None, classifiers=('logistic', \
+'boosting', 'mlp'), features=None, test=0.5, calibration='auto', permutations=1000, \
+retrainings=3, paired=False, seed=0, progress=False)
 save(model, path)
 load(path, encoder=None, *, decoder=None, data=None)
 fit(model, train, val=0.1, *, epochs=100, batch_size=256, lr=0.001, seed=0, weight_decay=0.1, \
@@ -221,7 +248,7 @@ def test_properties_of_a_posterior(name):
 
 def test_everything_public_is_documented_and_typed():
     parts = [(fp, n) for n in fp.__all__]
-    parts += [(m, n) for m in (fp.likelihood, fp.goodness) for n in m.__all__]
+    parts += [(m, n) for m in (fp.likelihood, fp.goodness, fp.calibration) for n in m.__all__]
     for owner, name in parts:
         item = getattr(owner, name)
         assert inspect.getdoc(item), name

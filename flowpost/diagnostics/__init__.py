@@ -12,6 +12,8 @@ from .c2st import c2st
 from .coverage import coverage, level_coverage
 from .hpd import hpd_coverage, hpd_levels
 from .levels import LevelAccumulator
+from .local import local_coverage
+from .local_result import LocalCoverage, LocalRegion
 from .nulls import (
     anderson_darling_pvalue,
     anderson_darling_uniform,
@@ -28,6 +30,8 @@ __all__ = [
     "CoverageAccumulator",
     "LevelAccumulator",
     "LevelCoverage",
+    "LocalCoverage",
+    "LocalRegion",
     "SBC",
     "Sharpness",
     "anderson_darling_pvalue",
@@ -39,6 +43,7 @@ __all__ = [
     "ks_pvalue",
     "ks_uniform",
     "level_coverage",
+    "local_coverage",
     "sbc",
     "sbc_ranks",
     "sharpness",

@@ -18,8 +18,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from .._checks import as_tensor, check_shape
 from .._events import called, mapped, sizes
+from .._modes import evaluating
 from ..metrics import ClassifierTest, classifier_test
 from .draws import matched
 
@@ -96,7 +96,7 @@ def c2st(
         check_shape(told, (len(z), "L"), "summary", "One row an event.")
     generator = torch.Generator().manual_seed(_DRAWS + seed)
     pieces = []
-    with _evaluating(model):
+    with evaluating(model):
         for rows in torch.arange(len(z)).split(_CHUNK):
             part, guess = (_events(v, rows, model) for v in (x, reference))
             context, q = _posterior(model, part, guess)
@@ -117,21 +117,6 @@ def c2st(
         seed=seed,
         **options,
     )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients, and the mode of every module as it was afterwards."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [m for m in modules if m.training]
-    for m in training:
-        m.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def _events(value: Any, rows: Tensor, model: Any) -> Any:

@@ -23,15 +23,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_positive_int
 from .._events import chosen, leaves, mapped, sizes
+from .._modes import evaluating
 from .._progress import progress_bar
 from ..likelihood import BoundLikelihood, ExtendedModel
 from ..model import PosteriorModel
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PredictiveP",
     "encoded",
-    "evaluating",
     "events_at",
     "over_events",
     "p_value",
@@ -236,19 +235,6 @@ def check_model(model: Any) -> None:
             f"Expected an ExtendedModel; got {type(model).__name__}. A goodness of fit needs the "
             "likelihood of the data: flowpost.likelihood.ExtendedModel(encoder, head, likelihood)."
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and the mode of every module as it was afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def event_chunks(model: ExtendedModel, total: int, draws: int) -> list[Tensor]:

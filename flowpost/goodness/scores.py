@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import as_tensor, check_positive_int, check_shape
+from .._modes import evaluating
 from ..likelihood import ExtendedModel
 from ..model import PosteriorModel
 from ..posterior import Posterior
@@ -31,7 +32,6 @@ from .predictive import (
     check_model,
     count_of,
     encoded,
-    evaluating,
     events_at,
     over_events,
     replicas,

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_positive_int
 from ..model import PosteriorModel
 from .build import assemble, complete, described, fill
-from .checks import check_fit, check_given, check_values
-from .describe import MARGINAL, REMEDY, describe, parts_of
+from .checks import check_fit, check_given, check_recalibrator, check_tensors, check_values
+from .describe import MARGINAL, RECALIBRATOR, REMEDY, describe, parts_of
 from .files import FORMAT_VERSION, read, write
 from .sizes import check_sizes
 
@@ -33,15 +34,17 @@ def save(model: Saved, path: str | os.PathLike[str]) -> None:
     """Write a model, or a head alone, to a directory or a single `.safetensors` file.
 
     A `goodness.Calibrator` or `goodness.Filter` is written with its model and what it found in
-    held-out events, a `systematics.MarginalModel` with both of its models. Parts of flowpost are
+    held-out events, as is a `calibration.Recalibrator`, a `systematics.MarginalModel` with both of
+    its models. Parts of flowpost are
     described so that `load` builds them again; of an encoder, decoder or data module of your own
     the weights are kept, and `load` is given a fresh one to fill. What was at the path before is
     replaced only when the new files are complete.
 
     Arguments:
         model: A `PosteriorHead`, `PosteriorModel`, `likelihood.ExtendedModel`,
-            `goodness.Calibrator`, `goodness.Filter`, `inferno.SummaryModel`, or a
-            `systematics.MarginalModel` without modules of your own.
+            `goodness.Calibrator`, `goodness.Filter`, `inferno.SummaryModel`, a
+            `calibration.Recalibrator` of one of the first three, or a `systematics.MarginalModel`
+            without modules of your own.
         path: A directory, or a file name that ends in `.safetensors`.
 
     Raises:
@@ -51,7 +54,12 @@ def save(model: Saved, path: str | os.PathLike[str]) -> None:
     from .. import __version__
 
     target = Path(path)
-    about, tensors = (_packed_pair if _is_pair(model) else _packed)(model, target)
+    pack: Any = _packed
+    if _is_recalibrator(model):
+        pack = _packed_recalibrator
+    elif _is_pair(model):
+        pack = _packed_pair
+    about, tensors = pack(model, target)
     config = {
         "format": "flowpost",
         "format_version": FORMAT_VERSION,
@@ -85,6 +93,8 @@ def load(
     given = {"encoder": encoder, "decoder": decoder, "data": data}
     if config.get("kind") == MARGINAL:
         return _unpacked_pair(config, tensors, given, path).eval()
+    if config.get("kind") == RECALIBRATOR:
+        return _unpacked_recalibrator(config, tensors, given, path).eval()
     return _unpacked(config, tensors, given, path).eval()
 
 
@@ -193,3 +203,72 @@ def _unpacked_pair(
     with described(path):
         model, nuisances = parts
         return MarginalModel(model, nuisances, config["draws"])
+
+
+# ------------------------------------------------------- a model and what recalibrates its base
+
+
+def _is_recalibrator(model: Any) -> bool:
+    if type(model).__name__ != RECALIBRATOR:
+        return False
+    from ..calibration import Recalibrator
+
+    return type(model) is Recalibrator
+
+
+def _packed_recalibrator(whole: Any, target: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a recalibrator, those of its model under `model.`.
+
+    Raises:
+        ValueError: If it is not fitted, its model cannot be saved, or a map does not rise.
+    """
+    if not whole.fitted:
+        raise ValueError(f"Expected a fitted {RECALIBRATOR} for {target}; call fit before save.")
+    about, own = _packed(whole.model, target)
+    tensors = {
+        k: v.detach().cpu().contiguous().clone()
+        for k, v in whole.state_dict().items()
+        if not k.startswith("model.")
+    }
+    check_recalibrator(tensors, target)
+    config = {"kind": RECALIBRATOR, "model": about, "recalibrator": whole.config()}
+    return config, tensors | {f"model.{k}": v for k, v in own.items()}
+
+
+def _unpacked_recalibrator(
+    config: dict[str, Any], tensors: dict[str, Tensor], given: dict[str, Any], path: Path
+) -> Saved:
+    """A recalibrator from its description and tensors.
+
+    Raises:
+        ValueError: If its model cannot be loaded, or its tensors do not fit.
+    """
+    from ..calibration import Recalibrator
+
+    about = config.get("model")
+    if not isinstance(about, dict) or about.get("kind") not in ("PosteriorModel", "ExtendedModel"):
+        raise ValueError(
+            f"Expected the description of a PosteriorModel as the model of the {RECALIBRATOR} in "
+            f"{path}; got {str(about)[:80]}. {REMEDY}."
+        )
+    own = {k: v for k, v in tensors.items() if not k.startswith("model.")}
+    inner = {k.removeprefix("model."): v for k, v in tensors.items() if k not in own}
+    model: Any = _unpacked(about, inner, given, path)
+    check_recalibrator(own, path)
+    with described(path):
+        options = config["recalibrator"]
+        # before tables of so many bins are made
+        bins = options["bins"]
+        count = bins if isinstance(bins, int) else len(bins) + 1
+        if options["by"] is not None or options["given"]:
+            check_positive_int(count, "bins")
+            if count != len(own["held"]):
+                raise ValueError(f"Expected {len(own['held'])} bins; got {count}")
+        whole = Recalibrator._build(model, options)
+    fresh = {k: v for k, v in whole.state_dict().items() if not k.startswith("model.")}
+    check_tensors(fresh, own, lambda _: "recalibrator", path)
+    with torch.no_grad():
+        for name, tensor in whole.named_buffers():
+            if name in own:
+                tensor.data = own[name]
+    return whole

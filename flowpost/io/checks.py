@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from .describe import (
     Parts,
 )
 
-__all__ = ["check_fit", "check_given", "check_values", "owner"]
+__all__ = [
+    "check_fit",
+    "check_given",
+    "check_recalibrator",
+    "check_tensors",
+    "check_values",
+    "owner",
+]
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -103,13 +110,27 @@ def check_fit(
     Raises:
         ValueError: If one differs; the error names the tensor.
     """
+    check_tensors(own, saved, lambda name: owner(parts, name), path)
+
+
+def check_tensors(
+    own: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    noun: Callable[[str], str],
+    path: Path,
+) -> None:
+    """Refuse other names, types or shapes than wanted; `noun` is what a tensor is part of.
+
+    Raises:
+        ValueError: If one differs; the error names the tensor.
+    """
     for name, tensor in own.items():
         if name not in saved:
             raise ValueError(
                 f"Expected tensor {name!r} in {path}; it is not there. Is this the "
-                f"{owner(parts, name)} that was saved?"
+                f"{noun(name)} that was saved?"
             )
-        remedy = f"Build the {owner(parts, name)} as it was saved."
+        remedy = f"Build the {noun(name)} as it was saved."
         kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, saved[name])]
         if kinds[0] != kinds[1] or (
             kinds[0] == (False, False) and saved[name].dtype != tensor.dtype
@@ -128,7 +149,7 @@ def check_fit(
         raise ValueError(
             f"Tensor {extra[0]!r} in {path} has no place in this model"
             + (f" (nor have {len(extra) - 1} others)" if len(extra) > 1 else "")
-            + f". Build the {owner(parts, extra[0])} as it was saved."
+            + f". Build the {noun(extra[0])} as it was saved."
         )
 
 
@@ -224,3 +245,25 @@ def _is_sorted(pairs: Tensor) -> bool:
     a, b = pairs[:-1], pairs[1:]
     order = (a[:, 0] < b[:, 0]) | ((a[:, 0] == b[:, 0]) & (a[:, 1] <= b[:, 1]))
     return bool(order.all())
+
+
+def check_recalibrator(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse maps that do not rise, and numbers that are not finite.
+
+    Raises:
+        ValueError: If there are some; the error names the tensor.
+    """
+    for name, tensor in tensors.items():
+        remedy = f"in tensor {name!r} in {path}; got others. Recalibrate again."
+        if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"Expected finite numbers {remedy}")
+        kind = name.rpartition("_")[2]
+        rising = name == "events.edges" or kind in ("x", "y")
+        if rising and not (tensor.ndim and bool((tensor.diff(dim=-1) > 0).all())):
+            raise ValueError(f"Expected rising numbers {remedy}")
+        if name in ("radius_x", "radius_y") and bool(tensor[..., :1].any()):
+            raise ValueError(f"Expected radii from 0 on {remedy}")
+        if (kind == "slope" and not bool((tensor > 0).all())) or (
+            name == "held" and not bool((tensor >= 0).all() and tensor.any())
+        ):
+            raise ValueError(f"Expected positive numbers {remedy}")

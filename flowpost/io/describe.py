@@ -14,12 +14,19 @@ from ..likelihood import ExtendedModel, FlowLikelihood, Latent, PointProcess, Po
 from ..model import PosteriorModel
 
 if TYPE_CHECKING:
+    from ..calibration import Recalibrator
     from ..goodness import Calibrator, Filter
     from ..inferno import SoftBins, SummaryModel
     from ..systematics import MarginalModel
 
     Saved: TypeAlias = (
-        PosteriorHead | PosteriorModel | Calibrator | Filter | MarginalModel | SummaryModel
+        PosteriorHead
+        | PosteriorModel
+        | Calibrator
+        | Filter
+        | MarginalModel
+        | Recalibrator
+        | SummaryModel
     )
 
 __all__ = [
@@ -28,6 +35,7 @@ __all__ = [
     "KINDS",
     "LIKELIHOODS",
     "MARGINAL",
+    "RECALIBRATOR",
     "REMEDY",
     "SUMMARY",
     "USERS",
@@ -41,6 +49,8 @@ SUMMARY = "SummaryModel"
 KINDS = ("PosteriorHead", "PosteriorModel", "ExtendedModel", "Calibrator", "Filter", SUMMARY)
 # two models in one file
 MARGINAL = "MarginalModel"
+# a model in another's file
+RECALIBRATOR = "Recalibrator"
 LIKELIHOODS = {t.__name__: t for t in (FlowLikelihood, PoissonCounts, PointProcess)}
 ENCODERS = [name for name in encoders.__all__ if name not in ("Encoder", "Squash")]
 # an encoder around another
@@ -116,8 +126,9 @@ def parts_of(saved: Any, path: Path) -> Parts:
     head = rest.head if isinstance(rest, PosteriorModel) else rest
     if type(head) is not PosteriorHead or (model is None and head is not rest):
         raise ValueError(
-            f"Expected a {', '.join((*KINDS[:-1], MARGINAL))} or {KINDS[-1]}; got {_kind(saved)} "
-            f"for {path}. Save other modules with torch.save or safetensors, or their parts alone."
+            f"Expected a {', '.join((*KINDS[:-1], MARGINAL, RECALIBRATOR))} or {KINDS[-1]}; "
+            f"got {_kind(saved)} for {path}. Save other modules with torch.save or safetensors, "
+            "or their parts alone."
         )
     if isinstance(model, ExtendedModel):
         for part, kinds in ((model.likelihood, LIKELIHOODS.values()), (model.latent, (Latent,))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowpost.plots.classifier import plot_ratio, plot_reliability, plot_roc
 from flowpost.plots.corner import plot_corner
 from flowpost.plots.coverage import plot_coverage, plot_pulls, plot_ranks
 from flowpost.plots.gallery import plot_gallery
@@ -13,6 +14,7 @@ from flowpost.plots.inferno import (
     plot_scan,
     plot_templates,
 )
+from flowpost.plots.local import plot_local_coverage
 from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
 from flowpost.plots.skymap import plot_skymap, plot_zoom
 from flowpost.plots.summaries import plot_summary_history
@@ -28,10 +30,14 @@ __all__ = [
     "plot_gallery",
     "plot_history",
     "plot_impacts",
+    "plot_local_coverage",
     "plot_nuisances",
     "plot_p_values",
     "plot_pulls",
     "plot_ranks",
+    "plot_ratio",
+    "plot_reliability",
+    "plot_roc",
     "plot_scan",
     "plot_skymap",
     "plot_summary_history",

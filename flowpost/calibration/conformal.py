@@ -1,0 +1,266 @@
+r"""Split-conformal credible levels: regions that hold the truth at least as often as stated.
+
+Of n held-out events with levels :math:`v_{(1)} \le \dots \le v_{(n)}` of their true labels, the
+region of credible level
+
+.. math:: t = v_{(k)}, \qquad k = \lceil (n + 1)(1 - \alpha) \rceil,
+
+holds the label of a new event with probability k/(n + 1): at least 1 − α, and less than
+1 − α + 1/(n + 1) where no levels are equal. That is exact for every n and any posterior, good or
+bad, as long as the new event is exchangeable with those held out: on average over both. For k > n
+there is no such region but the whole space, and t = ∞.
+
+Sources: V. Vovk, A. Gammerman, G. Shafer, *Algorithmic learning in a random world*, 2005,
+https://doi.org/10.1007/b106715; H. Papadopoulos, K. Proedrou, V. Vovk, A. Gammerman, *Inductive
+confidence machines for regression*, 2002, https://doi.org/10.1007/3-540-36755-1_29.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import as_tensor, check_finite, check_shape
+from ..diagnostics import hpd_levels
+from ..head import PosteriorHead
+from ..model import PosteriorModel
+from ..posterior import Posterior
+from .bins import EventBins, posteriors
+from .recalibrate import Recalibrator
+
+__all__ = ["Conformal", "conformal_levels"]
+
+KINDS = ("base", "hpd")
+
+
+def conformal_levels(
+    levels_of_truth: Tensor, alpha: float | Sequence[float] | Tensor = 0.1
+) -> Tensor:
+    """The credible level whose regions hold 1 − α of the truths of new events.
+
+    Arguments:
+        levels_of_truth: Credible level of the true label of each held-out event, (n,):
+            `q.credibility(z)`, `hpd_levels(q, z)[0]`, or any score by which regions are ordered.
+        alpha: Share of the events whose label may lie outside, in (0, 1): one or Q of them.
+
+    Returns:
+        Levels t of the shape of alpha, float64: a region {z: level ≤ t} holds the label of a new
+        event with a probability from 1 − α to 1 − α + 1/(n + 1). It is infinite, for the whole
+        space, where n < 1/α − 1.
+
+    Raises:
+        ValueError: If a level is NaN, or α not between 0 and 1.
+
+    Example:
+        >>> conformal_levels(torch.arange(1.0, 100.0), alpha=[0.5, 0.1, 0.001])
+        tensor([50., 90., inf], dtype=torch.float64)
+    """
+    levels = as_tensor(levels_of_truth, "levels of the truth").detach().double()
+    check_shape(levels, ("n",), "levels of the truth")
+    if bool(torch.isnan(levels).any()):
+        raise ValueError("Expected levels of the truth without NaN; got NaN. Look for bad labels.")
+    share = as_tensor(alpha, "alpha").double().to(levels.device)
+    if share.ndim > 1 or not bool(((share > 0) & (share < 1)).all()):
+        raise ValueError(f"Expected alpha between 0 and 1; got {alpha}. 90 % is alpha=0.1.")
+    count = len(levels)
+    ordered = torch.cat([levels.sort().values, levels.new_full((1,), math.inf)])
+    # as 0.1 is not a tenth, a whole number is not one either
+    k = ((count + 1) * (1 - share) - 1e-9 * (count + 1)).ceil().long().clamp(1, count + 1)
+    return ordered[k - 1]
+
+
+class Conformal:
+    """Credible levels whose regions hold the truth at least as often as stated.
+
+    Unlike a `Recalibrator` it leaves the posterior as it is, and says which of its regions to use.
+    Where an event property decides which bin an event is in, the statement holds in each bin.
+
+    Arguments:
+        model: A trained model, a head, or a fitted `Recalibrator`.
+        kind: `"base"` for the base-ordered regions, `"hpd"` for those of highest density.
+        draws: Draws of an event by which its HPD level is known.
+        bins: Number of bins of equal content of a quantity that `fit` is given, or their inner
+            edges.
+
+    Raises:
+        ValueError: If an option is unknown.
+
+    Example:
+        >>> import flowpost as fp
+        >>> head = fp.PosteriorHead(0, fp.Real(2), flow="diagonal")
+        >>> conformal = Conformal(head).fit(None, 2 * torch.randn(999, 2))
+        >>> bool(conformal.level(0.9) > 0.99)
+        True
+    """
+
+    def __init__(
+        self,
+        model: PosteriorModel | PosteriorHead | Recalibrator,
+        kind: str = "base",
+        *,
+        draws: int = 256,
+        bins: int | Sequence[float] = 4,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"Expected kind as one of {', '.join(KINDS)}; got {kind!r}.")
+        if isinstance(model, PosteriorHead):
+            model = PosteriorModel(None, model)
+        if not isinstance(model, (PosteriorModel, Recalibrator)):
+            raise ValueError(
+                f"Expected a PosteriorModel, PosteriorHead or Recalibrator; got "
+                f"{type(model).__name__}. conformal_levels takes the levels of anything."
+            )
+        self.model, self.kind, self.draws, self.bins = model, kind, draws, bins
+        self._inner = model.model if isinstance(model, Recalibrator) else model
+        self.events = EventBins(self._inner, bins)
+        self.levels: tuple[Tensor, ...] = ()
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Held-out events of each bin."""
+        return tuple(map(len, self.levels))
+
+    def fit(
+        self,
+        x: Any,
+        z: Any,
+        by: Any = None,
+        *,
+        reference: Any = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Conformal:
+        """Find the levels of the true labels of held-out events, not those of a `Recalibrator`.
+
+        The events that are the edges of bins of equal content are left out, so that the others are
+        exchangeable with new events of their bin.
+
+        Arguments:
+            x: Inputs of n events.
+            z: Their labels (n, D).
+            by: What the bins are of, as in `Recalibrator.fit`.
+            reference: First guesses, for a head that wants them.
+            seed: Of the draws.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: If shapes do not fit or there are no events in a bin.
+        """
+        self.events = EventBins(self._inner, self.bins, by)
+        values = by if self.events.given and not callable(by) else None
+        levels, seen = self._levels(x, z, values, reference, seed, progress)
+        edge = self.events.fit_edges(seen)
+        place = torch.bucketize(seen, self.events.edges, right=True)
+        self.levels = tuple(
+            levels[(place == k) & ~edge].sort().values for k in range(self.events.count)
+        )
+        for where, part in zip(self.events.intervals(), self.levels, strict=True):
+            if not len(part):
+                raise ValueError(
+                    f"Expected held-out events in every bin; got none with {where}. Give more "
+                    "events, or fewer bins."
+                )
+        return self
+
+    def level(
+        self, level: float = 0.9, x: Any = None, *, by: Any = None, reference: Any = None
+    ) -> Tensor:
+        """The credible level to use, for regions that hold the truth with a probability of `level`.
+
+        Arguments:
+            level: Probability to hold the truth, at least.
+            x: Inputs of N events, where there are bins.
+            by: Values (N,), where `fit` was given values.
+            reference: First guesses, for a head that wants them.
+
+        Returns:
+            A credible level () of all events, or that of each (N,) where there are bins; infinite,
+            for the whole space, where a bin has fewer than level / (1 − level) held-out events.
+
+        Raises:
+            ValueError: If it is not fitted, or the level not between 0 and 1.
+        """
+        table = self._table(level)
+        if self.events.count == 1:
+            return table[0]
+        with torch.no_grad():
+            q = self._inner(x, reference=reference)
+            return table[self.events.place(self.events.values(x, q, by), q).cpu()]
+
+    def _table(self, level: float) -> Tensor:
+        """The credible level to use in each bin (K,)."""
+        if not self.levels:
+            raise ValueError("Expected a fitted Conformal; call fit with held-out events.")
+        if not 0 < level < 1:
+            raise ValueError(f"Expected level between 0 and 1; got {level}. 90 % is written 0.9.")
+        return torch.stack([conformal_levels(part, 1 - level) for part in self.levels])
+
+    def contains(
+        self,
+        x: Any,
+        z: Any,
+        level: float = 0.9,
+        *,
+        by: Any = None,
+        reference: Any = None,
+        seed: int = 1,
+        progress: bool = False,
+    ) -> Tensor:
+        """Whether labels lie in the region of each event that holds the truth so often, (N,).
+
+        Arguments are those of `fit` and `level`; seed is that of draws for HPD levels.
+
+        Raises:
+            ValueError: If it is not fitted or shapes do not fit.
+        """
+        table = self._table(level)
+        levels, seen = self._levels(x, z, by, reference, seed, progress)
+        return levels <= table[torch.bucketize(seen, self.events.edges, right=True)]
+
+    def _levels(
+        self, x: Any, z: Any, by: Any, reference: Any, seed: int, progress: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Credible levels (n,) of labels, and what is binned (n,), on the CPU in double."""
+        z = self._inner.head._columns(as_tensor(z, "labels"))
+        generator = torch.Generator().manual_seed(seed)
+        values = None if by is None or callable(by) else as_tensor(by, "by")
+        found, binned, seen = [], [], []
+
+        def call(x: Any, by: Any = None, **options: Any) -> Posterior:
+            q = self._inner(x, **options)
+            whole = q if q.batch_shape or by is None else q.expand((len(by),))
+            seen.append(self.events.values(x, whole, by))
+            if not isinstance(self.model, Recalibrator):
+                return q
+            if self.model.events.given and by is not None:
+                options["by"] = by
+            return self.model(x, **options)
+
+        options = {"reference": reference, "by": values}
+        for rows, _, q in posteriors(self.model, call, x, len(z), "conformal", progress, **options):
+            if self.kind == "base":
+                levels = q.credibility(z[rows])
+            else:
+                levels, _ = hpd_levels(q, z[rows], self.draws, generator)
+            found.append(levels.double().cpu())
+            value = seen.pop()
+            value = torch.zeros(len(rows)) if value is None else value.expand(len(rows))
+            binned.append(value.double().cpu())
+        levels = torch.cat(found)
+        check_finite(levels, "credible levels", "Has the training diverged?")
+        return levels, torch.cat(binned)
+
+    def __str__(self) -> str:
+        if not self.levels:
+            return f"Conformal {self.kind} levels, not fitted"
+        lines = [f"Conformal {self.kind} levels of {sum(self.held)} held-out events"]
+        for where, part in zip(self.events.intervals(), self.levels, strict=True):
+            used = conformal_levels(part, [0.5, 0.32, 0.1, 0.05, 0.01]).tolist()
+            lines.append(
+                f"  {where}: for 50, 68, 90, 95, 99 %: " + ", ".join(f"{t:.4f}" for t in used)
+            )
+        return "\n".join(lines)

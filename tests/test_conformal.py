@@ -1,0 +1,142 @@
+"""Split-conformal levels: the finite-sample guarantee, over splits and in bins."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import flowpost as fp
+from flowpost.calibration import Conformal, Recalibrator, conformal_levels
+
+
+def head(width=1.0):
+    """The exact head of z ~ N(0, I₂), x = z + N(0, ¼ I), or one of another width."""
+    head = fp.PosteriorHead(2, fp.Real(2), flow="diagonal")
+    with torch.no_grad():
+        head.flow.weight[:2] = 0.8 * torch.eye(2)
+        head.flow.bias[2:4] = math.log(width * math.sqrt(0.2))
+    return head
+
+
+def measured(n, seed, noisy=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, 2, generator=generator)
+    x = z + 0.5 * torch.randn(n, 2, generator=generator)
+    far = noisy * torch.randn(n, 2, generator=generator) * math.sqrt(0.2) + 0.8 * x
+    return x, torch.where(x[:, :1] > 0.5, far, z)
+
+
+def test_rule_of_n_plus_one():
+    """The smallest level whose rank is at least (n + 1)(1 − α), whatever the order."""
+    levels = torch.rand(1000).double()[:999]
+    for alpha in (0.5, 0.1, 0.01, 1 / 3):
+        k = math.ceil((len(levels) + 1) * (1 - alpha) - 1e-9)
+        assert conformal_levels(levels, alpha) == levels.sort().values[k - 1]
+    assert conformal_levels(torch.arange(1.0, 10.0), 0.1) == 9
+    assert conformal_levels(torch.arange(1.0, 9.0), 0.1) == math.inf
+    assert conformal_levels(torch.zeros(0), 0.1) == math.inf
+    assert conformal_levels(levels, [0.5, 0.001]).shape == (2,)
+    assert conformal_levels(levels, torch.tensor(0.5)).shape == ()
+
+
+@pytest.mark.parametrize("n", [1, 9, 10, 37])
+@pytest.mark.parametrize("alpha", [0.5, 0.2, 0.1])
+def test_guarantee_for_any_number_of_events(n, alpha):
+    """Over calibration draws and new events: between 1 − α and 1 − α + 1/(n + 1)."""
+    generator = torch.Generator().manual_seed(n)
+    trials = 3000
+    held = torch.rand(trials, n, generator=generator, dtype=torch.float64).square()
+    new = torch.rand(trials, generator=generator, dtype=torch.float64).square()
+    used = torch.stack([conformal_levels(row, alpha) for row in held])
+    share = float((new <= used).double().mean())
+    k = math.ceil((n + 1) * (1 - alpha) - 1e-9)
+    exact = k / (n + 1)
+    assert 1 - alpha - 1e-9 <= exact < 1 - alpha + 1 / (n + 1) + 1e-9
+    assert abs(share - exact) < 4 * (exact * (1 - exact) / trials) ** 0.5 + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["base", "hpd"])
+@pytest.mark.parametrize("width", [0.7, 1.4])
+def test_regions_of_a_posterior(kind, width):
+    x, z = measured(1000, 0)
+    conformal = Conformal(head(width), kind, draws=64).fit(x, z)
+    assert conformal.held == (1000,)
+    level = float(conformal.level(0.9))
+    assert (level > 0.9) == (width < 1)
+    new = measured(4000, 1)
+    inside = conformal.contains(*new, level=0.9)
+    assert inside.shape == (4000,)
+    assert abs(float(inside.double().mean()) - 0.9) < 0.04
+    if kind == "base":
+        q = head(width)(new[0])
+        assert torch.equal(inside, q.credibility(new[1]).double() <= level)
+    assert "for 50, 68, 90, 95, 99 %" in str(conformal)
+
+
+def test_of_a_recalibrated_posterior():
+    model, (x, z) = head(0.7), measured(3000, 0)
+    recalibrated = Recalibrator(model).fit(x[:2000], z[:2000])
+    conformal = Conformal(recalibrated).fit(x[2000:], z[2000:])
+    assert abs(float(conformal.level(0.9)) - 0.9) < 0.05
+    given = Recalibrator(model, bins=2).fit(x[:2000], z[:2000], by=x[:2000, 0])
+    both = Conformal(given, bins=2).fit(x[2000:], z[2000:], by=x[2000:, 0])
+    assert both.contains(x[:50], z[:50], by=x[:50, 0]).shape == (50,)
+
+
+@pytest.mark.parametrize("how", ["function", "values"])
+def test_bins_hold_as_much_each(how):
+    """A head that is too narrow only where x0 > 0.5."""
+    x, z = measured(6000, 0, noisy=2.0)
+    new_x, new_z = measured(20_000, 1, noisy=2.0)
+    by = (lambda x: x[:, 0]) if how == "function" else x[:, 0]
+    given = None if how == "function" else new_x[:, 0]
+    conformal = Conformal(head(), bins=[0.5]).fit(x, z, by=by)
+    assert sum(conformal.held) == 6000
+    level = conformal.level(0.9, new_x, by=given)
+    assert level.shape == (20_000,)
+    inside = conformal.contains(new_x, new_z, 0.9, by=given)
+    assert torch.equal(inside, head()(new_x).credibility(new_z).double() <= level)
+    plain = Conformal(head()).fit(x, z).contains(new_x, new_z)
+    for rows, few in ((new_x[:, 0] >= 0.5, True), (new_x[:, 0] < 0.5, False)):
+        assert abs(float(inside[rows].double().mean()) - 0.9) < 0.02
+        assert abs(float(plain[rows].double().mean()) - 0.9) > 0.03
+        assert (float(plain[rows].double().mean()) < 0.9) == few
+    # events that are edges do not count
+    quarters = Conformal(head(), bins=4).fit(x, z, by=x[:, 0])
+    assert quarters.held == (1500, 1499, 1499, 1499)
+
+
+def test_too_few_events_are_the_whole_space():
+    x, z = measured(8, 0)
+    conformal = Conformal(head()).fit(x, z)
+    assert conformal.level(0.9) == math.inf
+    assert conformal.level(0.8) < 1
+    assert conformal.contains(*measured(100, 1)).all()
+
+
+def test_mistakes():
+    x, z = measured(100, 0)
+    with pytest.raises(ValueError, match="Expected kind as one of base, hpd; got 'tarp'"):
+        Conformal(head(), "tarp")
+    with pytest.raises(ValueError, match=r"got Linear\. conformal_levels takes"):
+        Conformal(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Expected a fitted Conformal"):
+        Conformal(head()).level()
+    with pytest.raises(ValueError, match="Expected a fitted Conformal"):
+        Conformal(head()).contains(x, z)
+    fitted = Conformal(head()).fit(x, z)
+    for level in (0, 1, 90):
+        with pytest.raises(ValueError, match=r"Expected level between 0 and 1; got .*0\.9"):
+            fitted.level(level)
+    with pytest.raises(ValueError, match="Expected alpha between 0 and 1"):
+        conformal_levels(torch.rand(10), 90)
+    with pytest.raises(ValueError, match="without NaN"):
+        conformal_levels(torch.tensor([0.5, math.nan]))
+    with pytest.raises(ValueError, match="Expected levels of the truth of shape"):
+        conformal_levels(torch.rand(10, 2))
+    with pytest.raises(ValueError, match=r"none with by < -100"):
+        Conformal(head(), bins=[-100.0]).fit(x, z, by=x[:, 0])
+    with pytest.raises(ValueError, match="as many events as there are labels"):
+        Conformal(head()).fit(x[:50], z)
+    assert str(Conformal(head())) == "Conformal base levels, not fitted"
