@@ -37,13 +37,18 @@ MODULES = {
     "LocalCoverage LocalRegion SBC Sharpness anderson_darling_pvalue anderson_darling_uniform c2st "
     "coverage hpd_coverage hpd_levels ks_pvalue ks_uniform level_coverage local_coverage sbc "
     "sbc_ranks sharpness tarp tarp_levels",
-    "flowpost.plots": "Region draws_region grid_region mass_threshold plot_corner plot_coverage "
-    "plot_gallery plot_history plot_impacts plot_local_coverage plot_nuisances plot_p_values "
-    "plot_pulls plot_ranks plot_ratio plot_reliability plot_roc plot_scan plot_skymap "
-    "plot_summary_history plot_systematics plot_templates plot_zoom",
-    "flowpost.metrics": "ClassifierScore ClassifierTest DensityRatio auc classifier_test "
-    "distance_correlation energy_distance sliced_wasserstein symmetric_kl "
-    "wasserstein_1d",
+    "flowpost.plots": "Region draws_region grid_region mass_threshold plot_corner "
+    "plot_correlations plot_coverage plot_downstream plot_gallery plot_history plot_impacts "
+    "plot_local_coverage plot_memorisation plot_nuisances plot_p_values "
+    "plot_pulls plot_ranks plot_ratio plot_reliability plot_roc plot_scan "
+    "plot_skymap plot_statistics plot_summary_history plot_systematics plot_tails "
+    "plot_templates plot_zoom",
+    "flowpost.metrics": "ClassifierScore ClassifierTest CorrelationTest CrossTable DensityRatio "
+    "DownstreamComparison DownstreamRow Independence MemorisationTest Recombination "
+    "StatisticScore StatisticsTest TailGain TailReport TailRow auc bootstrap_tails "
+    "classifier_test compare_correlations cross_table distance_correlation downstream "
+    "energy_distance held_out_statistics independence_test leave_one_out memorisation recombine "
+    "sliced_wasserstein symmetric_kl tails wasserstein_1d",
     "flowpost.inferno": "Alternative Batches Binning CountingModel CrossEntropyLoss FitResult "
     "Impacts "
     "InfernoLoss Information InformationAccumulator Normalisation Process PyhfFit "
@@ -206,6 +211,26 @@ diagnostics.hpd_levels(posterior, z, draws=256, generator=None)
 metrics.classifier_test(x, y, *, weight_x=None, weight_y=None, classifiers=('logistic', \
 'boosting', 'mlp'), features=None, test=0.5, calibration='auto', permutations=1000, \
 retrainings=3, paired=False, seed=0, progress=False)
+metrics.held_out_statistics(true, generated, statistics=None, weight_true=None, \
+weight_generated=None, *, null='auto', permutations=1000, seed=0, progress=False)
+metrics.leave_one_out(train, statistics, true, weight_true=None, *, null='auto', \
+permutations=1000, seed=0, progress=False)
+metrics.compare_correlations(true, generated, statistics=None, weight_true=None, \
+weight_generated=None, *, ranks=False, permutations=1000, bootstraps=200, seed=0, progress=False)
+metrics.tails(generated, thresholds=None, *, true=None, weight_true=None, probabilities=None, \
+statistic=None, training_size=None, bootstraps=1000, seed=0)
+metrics.bootstrap_tails(generators, training, thresholds=None, *, true=None, weight_true=None, \
+probabilities=None, statistic=None, resamplings=20, seed=0, progress=False)
+metrics.memorisation(generated, training, held_out, *, scale=None, permutations=1000, seed=0, \
+progress=False)
+metrics.recombine(events, components, count=None, *, thresholds=None, statistic=None, \
+permutations=199, bootstraps=200, max_events=1000, seed=0, progress=False)
+metrics.independence_test(events, components, *, permutations=199, max_events=1000, seed=0, \
+progress=False)
+metrics.downstream(estimator, true, generated, weight_true=None, weight_generated=None, *, \
+residual=None, names=None, bootstraps=500, seed=0)
+metrics.cross_table(true, generated, *, classifier='boosting', test=0.5, permutations=99, \
+retrainings=5, seed=0, progress=False)
 save(model, path)
 load(path, encoder=None, *, decoder=None, data=None)
 fit(model, train, val=0.1, *, epochs=100, batch_size=256, lr=0.001, seed=0, weight_decay=0.1, \

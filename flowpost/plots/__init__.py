@@ -6,6 +6,13 @@ from flowpost.plots.classifier import plot_ratio, plot_reliability, plot_roc
 from flowpost.plots.corner import plot_corner
 from flowpost.plots.coverage import plot_coverage, plot_pulls, plot_ranks
 from flowpost.plots.gallery import plot_gallery
+from flowpost.plots.generative import (
+    plot_correlations,
+    plot_downstream,
+    plot_memorisation,
+    plot_statistics,
+    plot_tails,
+)
 from flowpost.plots.goodness import plot_p_values
 from flowpost.plots.history import plot_history
 from flowpost.plots.inferno import (
@@ -26,11 +33,14 @@ __all__ = [
     "grid_region",
     "mass_threshold",
     "plot_corner",
+    "plot_correlations",
     "plot_coverage",
+    "plot_downstream",
     "plot_gallery",
     "plot_history",
     "plot_impacts",
     "plot_local_coverage",
+    "plot_memorisation",
     "plot_nuisances",
     "plot_p_values",
     "plot_pulls",
@@ -40,8 +50,10 @@ __all__ = [
     "plot_roc",
     "plot_scan",
     "plot_skymap",
+    "plot_statistics",
     "plot_summary_history",
     "plot_systematics",
+    "plot_tails",
     "plot_templates",
     "plot_zoom",
 ]
