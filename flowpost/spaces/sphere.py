@@ -32,6 +32,9 @@ _SMALLEST_KAPPA, _LARGEST_KAPPA, _UNIFORM = 1e-3, 12.0, 0.05
 _SHARP = 4.0
 # where splines end, and between which a base coordinate tells others ever less
 BOUND, NEAR, FAR = 5.0, 4.0, 5.0
+# the radial spline ends sooner, beyond all but 0.03 % of the base: it brings its slope back to one
+# degrees away from the antipode, where the density is that of the bare chart
+_RADIAL_BOUND = 4.0
 _TINY = 1e-30
 NORMALISE = "Normalise them: torch.nn.functional.normalize(v, dim=-1)."
 ANGLES = "flowpost.directions.from_ra_dec and from_zenith_azimuth make vectors (x, y, z) of angles."
@@ -81,7 +84,7 @@ class Sphere(Space):
         ladj = ladj + vmf_ladj(h, half, kappa)
         r = (2 * half).clamp_min(_TINY).sqrt()
         if at.profile is not None:
-            r, growth = radial(r, at.profile, BOUND)
+            r, growth = radial(r, at.profile, _RADIAL_BOUND)
             ladj = ladj + growth
         return r[..., None] * a, (ladj / 2)[..., None].expand(*ladj.shape, 2)
 
@@ -91,7 +94,7 @@ class Sphere(Space):
         r = (v**2).sum(-1).clamp_min(_TINY).sqrt()
         a, ladj = _direction(v, r**2), torch.zeros_like(r)
         if at.profile is not None:
-            r, ladj = radial_inverse(r, at.profile, BOUND)
+            r, ladj = radial_inverse(r, at.profile, _RADIAL_BOUND)
         half = r**2 / 2
         h, rest = plane_to_vmf(half, kappa)
         ladj = ladj - vmf_ladj(h, half, kappa)
