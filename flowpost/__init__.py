@@ -15,6 +15,7 @@ from .training import fit
 if TYPE_CHECKING:
     from . import (
         calibration,
+        generators,
         goodness,
         inferno,
         likelihood,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 # imported when they are first asked for: a training needs none of them
 _LATER = (
     "calibration",
+    "generators",
     "goodness",
     "inferno",
     "likelihood",
@@ -66,6 +68,7 @@ __all__ = [
     "directions",
     "encoders",
     "fit",
+    "generators",
     "goodness",
     "inferno",
     "likelihood",

@@ -11,7 +11,7 @@ import flowpost as fp
 NAMES = """
 Circle Interval Positive Posterior PosteriorHead PosteriorModel Product Real Sphere
 coverage fit load save
-calibration diagnostics directions encoders goodness inferno likelihood losses metrics
+calibration diagnostics directions encoders generators goodness inferno likelihood losses metrics
 simulators skymap systematics
 """
 
@@ -27,11 +27,14 @@ MODULES = {
     "flowpost.goodness": "CalibratedP Calibrator ContextDensity Efficiency Filter PredictiveP "
     "p_value typicality",
     "flowpost.simulators": "Crescents Directions DirectionsPosterior FourModes InfernoToy "
-    "LinearGaussian NoisyIdentity Ring Telescope Telescope3D Telescope3DEvents "
+    "LinearGaussian NoisyIdentity Ring Shower Telescope Telescope3D Telescope3DEvents "
     "Telescope3DPosterior TelescopeEvents TelescopePosterior WidthMixture anomalies",
     "flowpost.simulators.anomalies": "dead_string overlay track_like",
     "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
     "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
+    "flowpost.generators": "Critic GeneratorEpoch GeneratorHistory GroupSums Library NoiseNetwork "
+    "Sampler SamplingEpoch SamplingHistory Student Teacher TwoStep WeightedDraws distill "
+    "effective_size energy_score fit fit_critic fit_energy gradient_penalty weighted_draws",
     "flowpost.calibration": "Align Conformal Recalibrator conformal_levels",
     "flowpost.diagnostics": "Coverage CoverageAccumulator LevelAccumulator LevelCoverage "
     "LocalCoverage LocalRegion SBC Sharpness anderson_darling_pvalue anderson_darling_uniform c2st "
@@ -41,7 +44,7 @@ MODULES = {
     "plot_correlations plot_coverage plot_downstream plot_gallery plot_history plot_impacts "
     "plot_local_coverage plot_memorisation plot_nuisances plot_p_values "
     "plot_pulls plot_ranks plot_ratio plot_reliability plot_roc plot_scan "
-    "plot_skymap plot_statistics plot_summary_history plot_systematics plot_tails "
+    "plot_showers plot_skymap plot_statistics plot_summary_history plot_systematics plot_tails "
     "plot_templates plot_zoom",
     "flowpost.metrics": "ClassifierScore ClassifierTest CorrelationTest CrossTable DensityRatio "
     "DownstreamComparison DownstreamRow Independence MemorisationTest Recombination "
@@ -231,6 +234,30 @@ metrics.downstream(estimator, true, generated, weight_true=None, weight_generate
 residual=None, names=None, bootstraps=500, seed=0)
 metrics.cross_table(true, generated, *, classifier='boosting', test=0.5, permutations=99, \
 retrainings=5, seed=0, progress=False)
+generators.Teacher(space, data, *, layers=2, bins=8, hidden=128, depth=2, context=64, \
+label_hidden=64, label_layers=2)
+generators.Student(teacher, *, hidden=None, depth=None)
+generators.Student.weighted(self, z, draws=256, *, minimum_ess=0.0, generator=None)
+generators.TwoStep(first, second, groups)
+generators.TwoStep.student(self, **options)
+generators.TwoStep.teacher(space, groups, first=None, second=None)
+generators.GroupSums(sizes, threshold=0.0, noise='smooth')
+generators.fit(model, x, z, weight=None, *, val=0.1, epochs=20, batch_size=512, lr=0.002, \
+weight_decay=0.0001, seed=0, gradient_clip=10.0, checkpoint=None, progress=True)
+generators.distill(student, x, z, weight=None, *, terms=None, val=0.1, epochs=20, batch_size=512, \
+lr=0.002, weight_decay=0.0, seed=0, gradient_clip=10.0, checkpoint=None, progress=True)
+generators.weighted_draws(target, proposal, z, draws=256, *, minimum_ess=0.0, together=False, \
+generator=None)
+generators.NoiseNetwork(space, data, *, noise=32, hidden=128, layers=3, output=None)
+generators.fit_energy(network, x, z, val=0.1, *, views=(), draws=2, epochs=50, batch_size=256, \
+lr=0.001, weight_decay=0.0, seed=0, gradient_clip=5.0, progress=True)
+generators.fit_critic(network, x, z, val=0.1, *, critic=None, views=(), every=3, penalty=0.1, \
+epochs=50, batch_size=256, lr=0.001, critic_lr=0.004, seed=0, gradient_clip=None, progress=True)
+generators.Library(x, z, k=1, *, interpolate=False)
+generators.Library.sample(self, z, generator=None)
+simulators.Shower(half_width=2.0, energy_range=(1.0, 100.0), scale=0.02, threshold=0.002)
+simulators.Shower.sample(self, n, generator=None, seed=None)
+simulators.Shower.marginal_log_prob(self, x, energy, nodes=64)
 save(model, path)
 load(path, encoder=None, *, decoder=None, data=None)
 fit(model, train, val=0.1, *, epochs=100, batch_size=256, lr=0.001, seed=0, weight_decay=0.1, \

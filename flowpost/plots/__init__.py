@@ -23,6 +23,7 @@ from flowpost.plots.inferno import (
 )
 from flowpost.plots.local import plot_local_coverage
 from flowpost.plots.regions import Region, draws_region, grid_region, mass_threshold
+from flowpost.plots.showers import plot_showers
 from flowpost.plots.skymap import plot_skymap, plot_zoom
 from flowpost.plots.summaries import plot_summary_history
 from flowpost.plots.systematics import plot_systematics
@@ -49,6 +50,7 @@ __all__ = [
     "plot_reliability",
     "plot_roc",
     "plot_scan",
+    "plot_showers",
     "plot_skymap",
     "plot_statistics",
     "plot_summary_history",

@@ -7,6 +7,7 @@ from .directions import Directions, DirectionsPosterior
 from .inferno_toy import InfernoToy
 from .linear_gaussian import LinearGaussian
 from .posteriors import Crescents, FourModes, NoisyIdentity, Ring, WidthMixture
+from .shower import Shower
 from .telescope import Telescope, TelescopeEvents, TelescopePosterior
 from .telescope3d import Telescope3D, Telescope3DEvents, Telescope3DPosterior
 
@@ -19,6 +20,7 @@ __all__ = [
     "LinearGaussian",
     "NoisyIdentity",
     "Ring",
+    "Shower",
     "Telescope",
     "Telescope3D",
     "Telescope3DEvents",
