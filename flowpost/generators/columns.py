@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from .._checks import as_tensor
 from ..likelihood import BoundLikelihood, LabelEncoder, Likelihood
 from ..likelihood.base import check_events
-from ..spaces import Real, Scale, Space, space_from_config
+from ..spaces import Real, Scale, Space
 from ..spaces.real import Line
 from .maf import MaskedFlow, Path
 
@@ -94,10 +94,6 @@ class Columns(Likelihood):
 
     def _bind(self, z: Tensor) -> BoundColumns:
         return BoundColumns(self, self.flow.project(self.labels(z)), z.shape[:-1])
-
-    @classmethod
-    def _build(cls, options: dict[str, Any]) -> Columns:
-        return cls(**{**options, "data": space_from_config(options["data"])})
 
 
 class BoundColumns(BoundLikelihood):

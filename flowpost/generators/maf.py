@@ -87,13 +87,15 @@ class MaskedLayer(nn.Module):
         self.columns, self.size = columns, 3 * bins + 1
         self.inverse, self.tailed = inverse, tailed
         rank = torch.arange(columns)
-        self.order = (rank.flip(0) if reverse else rank).tolist()
+        self.order = list(reversed(range(columns))) if reverse else list(range(columns))
         rank = rank.flip(0) if reverse else rank
-        # a unit of degree k has seen the first k columns
-        degree = torch.linspace(0, columns - 1, hidden, dtype=torch.float64).round().long()
+        # a unit of degree k has seen the first k columns; in whole numbers, as no file holds masks
+        # and machines may differ in how they round halves
+        degree = (2 * (columns - 1) * torch.arange(hidden) + hidden - 1) // (2 * (hidden - 1))
         for name, mask in (
             ("input_mask", degree[:, None] > rank),
-            ("inner_mask", degree[:, None] >= degree),
+            # without inner layers there is nothing to mask
+            ("inner_mask", degree[: hidden * (depth > 1), None] >= degree),
             ("output_mask", rank.repeat_interleave(self.size)[:, None] >= degree),
         ):
             self.register_buffer(name, mask.float(), persistent=False)

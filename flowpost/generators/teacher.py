@@ -14,7 +14,9 @@ https://arxiv.org/abs/2106.05285.
 
 from __future__ import annotations
 
-from ..spaces import Space
+from typing import Any
+
+from ..spaces import Space, space_from_config
 from .columns import Columns
 
 __all__ = ["Teacher"]
@@ -72,3 +74,7 @@ class Teacher(Columns):
             label_hidden=label_hidden,
             label_layers=label_layers,
         )
+
+    @classmethod
+    def _build(cls, options: dict[str, Any]) -> Teacher:
+        return cls(**{**options, "data": space_from_config(options["data"])})

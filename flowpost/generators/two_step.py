@@ -55,6 +55,16 @@ class TwoStep(Likelihood):
                 f"Expected the second likelihood at {wanted} label columns, those of the first and "
                 f"the sums; got {second.space.label_size}. TwoStep.teacher builds both."
             )
+        for step, count, what in (
+            (first, len(groups.sizes), "first likelihood of the sums"),
+            (second, groups.sticks, "second likelihood of the sticks"),
+        ):
+            data = getattr(step, "data", None)
+            if isinstance(data, Space) and data.label_size != count:
+                raise ValueError(
+                    f"Expected the {what}, in {count} columns; got one of {data.label_size}. "
+                    "TwoStep.teacher builds both."
+                )
         self.first, self.second, self.groups = first, second, groups
 
     @classmethod

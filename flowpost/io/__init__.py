@@ -31,20 +31,21 @@ __all__ = ["FORMAT_VERSION", "load", "save"]
 
 
 def save(model: Saved, path: str | os.PathLike[str]) -> None:
-    """Write a model, or a head alone, to a directory or a single `.safetensors` file.
+    """Write a model, a head or a likelihood alone, to a directory or one `.safetensors` file.
 
     A `goodness.Calibrator` or `goodness.Filter` is written with its model and what it found in
-    held-out events, as is a `calibration.Recalibrator`, a `systematics.MarginalModel` with both of
-    its models. Parts of flowpost are
-    described so that `load` builds them again; of an encoder, decoder or data module of your own
-    the weights are kept, and `load` is given a fresh one to fill. What was at the path before is
-    replaced only when the new files are complete.
+    held-out events, as is a `calibration.Recalibrator`; a `systematics.MarginalModel` with both of
+    its models, and a `generators.Student` with its teacher. Parts of flowpost are described so
+    that `load` builds them again; of an encoder, decoder or data module of your own the weights
+    are kept, and `load` is given a fresh one to fill. What was at the path before is replaced only
+    when the new files are complete.
 
     Arguments:
         model: A `PosteriorHead`, `PosteriorModel`, `likelihood.ExtendedModel`,
             `goodness.Calibrator`, `goodness.Filter`, `inferno.SummaryModel`, a
-            `calibration.Recalibrator` of one of the first three, or a `systematics.MarginalModel`
-            without modules of your own.
+            `calibration.Recalibrator` of one of the first three, a `systematics.MarginalModel`
+            without modules of your own, or a likelihood by itself: `generators.Teacher`, `Student`
+            or `TwoStep`, or one of `flowpost.likelihood`.
         path: A directory, or a file name that ends in `.safetensors`.
 
     Raises:
@@ -77,6 +78,9 @@ def load(
     data: nn.Module | None = None,
 ) -> Saved:
     """Read what `save` wrote, in evaluation mode, on the CPU.
+
+    Draws of the same generator, and densities, are those of the model that was saved; a
+    `generators.Student` has its teacher again.
 
     Arguments:
         path: The directory or file.

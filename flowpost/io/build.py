@@ -12,11 +12,20 @@ from torch import Tensor, nn
 
 from .. import encoders
 from ..head import PosteriorHead
-from ..likelihood import ExtendedModel, Latent, Likelihood
+from ..likelihood import ExtendedModel, Latent
 from ..model import PosteriorModel
 from ..spaces import Space
 from .checks import owner
-from .describe import CONDITIONED, LIKELIHOODS, REMEDY, SUMMARY, parts_of
+from .describe import (
+    CONDITIONED,
+    GENERATOR,
+    INNER,
+    REMEDY,
+    SUMMARY,
+    is_generator,
+    likelihood_class,
+    parts_of,
+)
 
 if TYPE_CHECKING:
     from ..goodness import Calibrator
@@ -57,24 +66,26 @@ def assemble(
         given: Modules that are the user's own, by their name in `USERS`.
         tensors: Those of the file, which set how many held-out scores a calibrator has.
     """
-    encoder = given.get("encoder")
+    kind, encoder = config["kind"], given.get("encoder")
+    if kind == GENERATOR:
+        return _likelihood(config["likelihood"], spaces, given.get("decoder"))
+    if kind == "PosteriorHead":
+        return PosteriorHead(**{**config["head"], "space": spaces["head"]})
     if encoder is None:
         encoder = _encoder(config.get("encoder"))
-    if config["kind"] == SUMMARY:
+    if kind == SUMMARY:
         from ..inferno import SoftBins, SummaryModel
 
         return SummaryModel(encoder, SoftBins(**config["head"]))
     head = PosteriorHead(**{**config["head"], "space": spaces["head"]})
-    if config["kind"] == "PosteriorHead":
-        return head
-    if config["kind"] == "PosteriorModel":
+    if kind == "PosteriorModel":
         return PosteriorModel(encoder, head)
     likelihood = _likelihood(config["likelihood"], spaces, given.get("decoder"))
     latent = config.get("latent")
     if latent is not None:
         latent = Latent(**{**latent, "space": spaces["latent"]})
     model = ExtendedModel(encoder, head, likelihood, latent, given.get("data"))
-    if config["kind"] == "ExtendedModel":
+    if kind == "ExtendedModel":
         return model
     from ..goodness import Calibrator, Filter
 
@@ -83,7 +94,7 @@ def assemble(
         # of files from before there were more draws by default: all events had the same
         options["max_draws"] = options["draws"]
     calibrator = Calibrator(model, **options)
-    cut = Filter(calibrator, **config["filter"]) if config["kind"] == "Filter" else None
+    cut = Filter(calibrator, **config["filter"]) if kind == "Filter" else None
     _make_room(calibrator, tensors, "" if cut is None else "calibrator.")
     return calibrator if cut is None else cut
 
@@ -101,15 +112,28 @@ def _encoder(config: Mapping[str, Any] | None) -> nn.Module | None:
 
 
 def _likelihood(
-    config: Mapping[str, Any], spaces: Mapping[str, Space], decoder: nn.Module | None
-) -> Likelihood:
+    config: Mapping[str, Any],
+    spaces: Mapping[str, Space],
+    decoder: nn.Module | None = None,
+    at: str = "likelihood",
+) -> Any:
+    """A likelihood, whose spaces are found at its place in the description."""
+    kind = likelihood_class(config["type"])
     options = {k: v for k, v in config.items() if k not in ("type", "decoder")}
-    options["space"] = spaces["likelihood"]
-    if "data" in spaces:
-        options["data"] = spaces["data"]
+    for part in INNER.get(config["type"], {}):
+        options[part] = _likelihood(options[part], spaces, at=f"{at}.{part}")
+    if config["type"] == "TwoStep":
+        options["groups"] = likelihood_class("GroupSums")(**options["groups"])
+    elif config["type"] == "Student":
+        # that of the teacher
+        del options["space"]
+    else:
+        options["space"] = spaces[at]
+    if f"{at}.data" in spaces:
+        options["data"] = spaces[f"{at}.data"]
     if decoder is not None:
         options["decoder"] = decoder
-    return LIKELIHOODS[config["type"]](**options)
+    return kind(**options)
 
 
 def _make_room(calibrator: Calibrator, tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -141,6 +165,10 @@ def fill(model: Saved, tensors: Mapping[str, Tensor], path: Path) -> None:
     # first the masks of the conditioners, which no file holds
     for prefix, head in _heads(model):
         head.to(tensors[f"{prefix}loc"].dtype)
+    parts = parts_of(model, path)
+    if parts.likelihood is not None and is_generator(parts.likelihood):
+        own = (t for k, t in tensors.items() if k.startswith(parts.within))
+        parts.likelihood.to(next(t.dtype for t in own if t.is_floating_point()))
     for name, tensor in model.state_dict(keep_vars=True).items():
         # in place, so that weights of two names stay tied
         tensor.data = tensor.data.to(tensors[name].dtype)
@@ -148,7 +176,7 @@ def fill(model: Saved, tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in model.state_dict().items():
         # bit by bit, for NaN is not equal to itself
         if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, tensors[name]))):
-            noun = owner(parts_of(model, path), name)
+            noun = owner(parts, name)
             raise ValueError(
                 f"Expected tensor {name!r} in {path} to be alike under each name that the "
                 f"{noun} ties to it; got two. Build the {noun} as it was saved."

@@ -12,6 +12,7 @@ from torch import Tensor
 from .describe import (
     CONDITIONED,
     ENCODERS,
+    GENERATOR,
     KINDS,
     LIKELIHOODS,
     REMEDY,
@@ -47,16 +48,18 @@ def check_given(config: Mapping[str, Any], given: Mapping[str, Any], path: Path)
     for name, module in given.items():
         if kind == "PosteriorHead" and module is not None:
             raise ValueError(f"{path} holds a head alone; load it without {name}=.")
-    found = {"encoder": config.get("encoder")}
+    alone = kind in ("PosteriorHead", GENERATOR)
+    found = {"encoder": None if alone else config.get("encoder")}
     if kind not in ("PosteriorHead", "PosteriorModel", SUMMARY):
         likelihood = config.get("likelihood")
         own = likelihood.get("type") if isinstance(likelihood, dict) else likelihood
-        if own not in list(LIKELIHOODS):
+        if own not in LIKELIHOODS:
             raise ValueError(
                 f"Expected a likelihood of type {', '.join(LIKELIHOODS)} in {path}; got {own!r}. "
                 "The file may come from a later flowpost."
             )
-        found |= {"decoder": config["likelihood"].get("decoder"), "data": config.get("data")}
+        found["decoder"] = config["likelihood"].get("decoder")
+        found["data"] = None if alone else config.get("data")
     needed = {}
     for name, module in given.items():
         about = found.get(name)
@@ -177,6 +180,7 @@ def check_values(
                 f"Expected one type of {part} tensors in {path}; got "
                 f"{', '.join(sorted(map(str, types)))}. Give all one, as with model.float()."
             )
+    _check_order(parts, tensors, path)
     held_out = _check_held_out(parts, tensors, path)
     for name, tensor in tensors.items():
         buffer_of_user = name not in ours and name not in parameters
@@ -193,6 +197,20 @@ def check_values(
                 f"Expected positive numbers in tensor {name!r} in {path}; got "
                 f"{tensor.min().item():g}. Fit the scale again, in a type that can hold it."
             )
+
+
+def _check_order(parts: Parts, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse an order of grouped values that is none of the values of each group."""
+    groups = getattr(parts.likelihood, "groups", None)
+    if groups is None:
+        return
+    name = f"{parts.within}groups.order"
+    found = [part.sort().values for part in tensors[name].split(groups.sizes)]
+    if torch.cat(found).tolist() != list(range(groups.values)):
+        raise ValueError(
+            f"Expected each value once, among those of its group, in tensor {name!r} in {path}; "
+            "got others. Fit the scales again."
+        )
 
 
 def _check_held_out(parts: Parts, tensors: Mapping[str, Tensor], path: Path) -> set[str]:

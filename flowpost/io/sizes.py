@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import check_positive_int
 from ..likelihood import with_latents
 from ..spaces import Real, Space, space_from_config
-from .describe import SUMMARY
+from .describe import GENERATOR, INNER, SUMMARY
 
 __all__ = ["check_sizes"]
 
@@ -23,6 +23,7 @@ __all__ = ["check_sizes"]
 _MOST_PAIRS, _MOST_NESTED, _MOST_DIMENSIONS = 2**21, 100, 64
 # spline layers of the heads within likelihoods and latents
 _LAYERS = 2
+_MASKED = ("layers", "depth", "hidden")
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Space]:
@@ -31,13 +32,16 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     Raises:
         ValueError: If a size is larger than the file bears out.
     """
-    elements, head = sum(t.numel() for t in tensors.values()), config["head"]
-    encoder = config.get("encoder") or {}
+    elements, spaces = sum(t.numel() for t in tensors.values()), dict[str, Space]()
+    if config["kind"] == GENERATOR:
+        _check_likelihood(config["likelihood"], "likelihood", spaces, tensors, elements)
+        return spaces
+    head, encoder = config["head"], config.get("encoder") or {}
     for options in (encoder, encoder.get("encoder") or {}):
         _check_repeats(options, tensors)
     if config["kind"] == SUMMARY:
         return {}
-    spaces = {"head": _space(head["space"], elements)}
+    spaces["head"] = _space(head["space"], elements)
     layers = check_positive_int(head["layers"], "layers", minimum=0)
     _check_pairs(spaces["head"], head["flow"], layers, elements)
     _check_draws(config.get("calibrator"))
@@ -46,20 +50,53 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         spaces["latent"] = _space(latent["space"], elements)
         values = _space(Real(latent["size"]).config(), elements, "latents")
         _check_pairs(values, latent["flow"], _LAYERS, elements)
-    if likelihood is None:
-        return spaces
-    spaces["likelihood"] = _space(likelihood["space"], elements)
-    _check_agreement(spaces, latent)
-    if "decoder" not in likelihood:
-        _check_repeats(likelihood, tensors)
-    if "data" in likelihood:
-        spaces["data"] = _space(likelihood["data"], elements, "data columns")
-        _check_pairs(spaces["data"], likelihood["flow"], _LAYERS, elements)
-    if "shape" in likelihood:
-        _check_cells(likelihood["shape"], elements)
-    if len(likelihood.get("sensors") or []) > elements:
-        raise ValueError(f"Expected at most {elements} sensors; got {len(likelihood['sensors'])}")
+    if likelihood is not None:
+        _check_likelihood(likelihood, "likelihood", spaces, tensors, elements)
+        _check_agreement(spaces, latent)
     return spaces
+
+
+def _check_likelihood(
+    config: Mapping[str, Any],
+    at: str,
+    spaces: dict[str, Space],
+    tensors: Mapping[str, Tensor],
+    elements: int,
+) -> None:
+    """Refuse sizes in the description of a likelihood, and add its spaces at its place in it."""
+    kind = config["type"]
+    for part, known in INNER.get(kind, {}).items():
+        if config[part]["type"] not in known:
+            raise ValueError(
+                f"Expected {part} as a {' or '.join(known)}; got {str(config[part]['type'])[:80]}"
+            )
+        _check_likelihood(config[part], f"{at}.{part}", spaces, tensors, elements)
+    if kind == "TwoStep":
+        _check_groups(config["groups"]["sizes"], elements)
+        spaces[at] = spaces[f"{at}.first"]
+        return
+    spaces[at] = _space(config["space"], elements)
+    if kind == "Student":
+        wanted = spaces[f"{at}.teacher"]
+        if spaces[at] != wanted:
+            raise ValueError(f"Expected a student over {str(wanted)[:200]}, as its teacher")
+        own = {k: config[k] for k in ("hidden", "depth") if config[k] is not None}
+        space = spaces[f"{at}.teacher.data"]
+        _check_masked({**config["teacher"], **own}, space, tensors, elements)
+        return
+    # a user's decoder has layers of its own
+    if kind != "PoissonCounts" or "decoder" not in config:
+        _check_repeats(config, tensors)
+    if "data" in config:
+        spaces[f"{at}.data"] = space = _space(config["data"], elements, "data columns")
+        if kind == "Teacher":
+            _check_masked(config, space, tensors, elements)
+        else:
+            _check_pairs(space, config["flow"], _LAYERS, elements)
+    if "shape" in config:
+        _check_cells(config["shape"], elements)
+    if len(config.get("sensors") or []) > elements:
+        raise ValueError(f"Expected at most {elements} sensors; got {len(config['sensors'])}")
 
 
 def _space(config: Any, elements: int, what: str = "label columns") -> Space:
@@ -99,6 +136,26 @@ def _check_pairs(space: Space, flow: Any, layers: int, elements: int) -> None:
         raise ValueError(f"Expected at most {most} pairs of coordinates; got {pairs}")
 
 
+def _check_masked(
+    options: Mapping[str, Any], space: Space, tensors: Mapping[str, Tensor], elements: int
+) -> None:
+    """Refuse masked flows with more layers than tensors, or more weights than numbers."""
+    layers, depth, hidden = (check_positive_int(options[k], k) for k in _MASKED)
+    if layers * depth > len(tensors):
+        raise ValueError(f"Expected at most {len(tensors)} hidden layers; got {layers * depth}")
+    # of the first hidden layers alone
+    weights = layers * hidden * space.dof
+    if weights > elements:
+        raise ValueError(f"Expected at most {elements} weights of masked networks; got {weights}")
+
+
+def _check_groups(sizes: Any, elements: int) -> None:
+    """Refuse groups of more values than there are numbers."""
+    values = sum(check_positive_int(n, "a group's size", minimum=2) for n in sizes)
+    if values > elements:
+        raise ValueError(f"Expected groups of at most {elements} values; got {values}")
+
+
 def _check_cells(shape: Any, elements: int) -> None:
     """Refuse counts of more cells than there are numbers."""
     # whole numbers first, for a product of other things may be as long as it likes
@@ -118,6 +175,6 @@ def _check_draws(calibrator: Mapping[str, Any] | None) -> None:
 
 def _check_repeats(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Refuse more layers than there are tensors."""
-    for name in {"layers", "blocks"} & set(options):
+    for name in {"layers", "blocks", "label_layers"} & set(options):
         if options[name] is not None and check_positive_int(options[name], name) > len(tensors):
             raise ValueError(f"Expected at most {len(tensors)} {name}; got {options[name]}")
