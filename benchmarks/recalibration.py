@@ -36,6 +36,14 @@ HEADS = {
     "biased by 0.5 σ, with coordinates": (1.0, 0.5, True),
     "both, with coordinates": (0.7, 0.5, True),
 }
+# width, bias in σ
+CONFORMAL = {
+    "widths × 0.7": (0.7, 0.0),
+    "widths × 0.3": (0.3, 0.0),
+    "widths × 0.1": (0.1, 0.0),
+    "widths × 1.4": (1.4, 0.0),
+    "biased by 0.5 σ": (1.0, 0.5),
+}
 
 
 def model_of(width: float = 1.0, bias: float = 0.0) -> fp.PosteriorModel:
@@ -88,11 +96,12 @@ def conformal(args: argparse.Namespace) -> None:
     print(f"{args.splits} splits of {count} events: {args.events} held out")
     print("| head, regions | nominal 90 % holds | conformal 90 % holds, mean | of one split |")
     print("|---|---|---|---|")
-    for name in ("widths × 0.7", "widths × 1.4", "biased by 0.5 σ"):
-        q = model_of(*HEADS[name][:2])(x)
+    for name, head in CONFORMAL.items():
+        q = model_of(*head)(x)
         for kind in ("base", "hpd"):
             if kind == "base":
-                levels = q.credibility(z).double()
+                # credible levels of heads that are far too narrow round to 1
+                levels = q.to_base(z).double().square().sum(-1)
             else:
                 levels = hpd_levels(q, z, 256, torch.Generator().manual_seed(0))[0]
             shares = []
@@ -100,7 +109,8 @@ def conformal(args: argparse.Namespace) -> None:
                 order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
                 used = conformal_levels(levels[order[: args.events]], 0.1)
                 shares.append(float((levels[order[args.events :]] <= used).double().mean()))
-            plain = 100 * float((levels <= 0.9).double().mean())
+            nominal = -2 * math.log(0.1) if kind == "base" else 0.9
+            plain = 100 * float((levels <= nominal).double().mean())
             print(
                 f"| {name}, {kind} | {plain:.2f} % | {100 * np.mean(shares):.3f} % "
                 f"| ± {100 * np.std(shares):.2f} % |",

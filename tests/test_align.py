@@ -12,7 +12,13 @@ import torch
 
 import flowpost as fp
 from flowpost.calibration import Align
-from flowpost.metrics import energy_distance, sliced_wasserstein, symmetric_kl, wasserstein_1d
+from flowpost.metrics import (
+    distance_correlation,
+    energy_distance,
+    sliced_wasserstein,
+    symmetric_kl,
+    wasserstein_1d,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,6 +138,13 @@ def test_a_batch_with_no_common_class_is_an_error():
 X, C = events(8)
 BAD = [
     (lambda: Align("energy"), "metric as a function"),
+    (lambda: Align(distance_correlation), "distance of two samples; got distance_corr.*add dist"),
+    (
+        lambda: Align(partial(partial(distance_correlation), unbiased=True), per_class=False),
+        "of the same events",
+    ),
+    (lambda: Align(weight="a"), "weight as a number of at least 0; got 'a'"),
+    (lambda: Align(weight=None), "weight as a number"),
     (lambda: Align(weight=-1.0), "weight as a number of at least 0"),
     (lambda: Align(weight=math.nan), "weight as a number"),
     (lambda: Align(min_events=0), "min_events as a whole number"),

@@ -195,6 +195,16 @@ def test_scaler_is_monotone_and_bounded(rng):
     assert np.abs(scaler(np.full((1, 3), 1e12))).max() < 400
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e160, 1e308])
+def test_scaler_sees_values_of_any_size(rng, size):
+    values = rng.uniform(-1, 1, size=(400, 1))
+    scaled = Scaler(size * values)(size * values)
+    np.testing.assert_allclose(scaled, Scaler(values)(values), rtol=1e-9, atol=1e-12)
+    far = Scaler(1e-300 * values)(np.array([[1e300], [-1e300]]))
+    assert np.isfinite(far).all()
+    assert far[0] > 100 > -100 > far[1]
+
+
 def test_network_leaves_the_global_generator_alone_and_repeats(rng):
     x, t = rng.normal(size=(200, 2)), np.repeat([1, 0], 100)
     state = torch.get_rng_state()
@@ -414,6 +424,8 @@ GOOD = torch.zeros(60, 2)
 REFUSED = {
     "nan": ((torch.full((60, 2), torch.nan), GOOD), {}, "Expected finite x; got nan in row 0"),
     "columns": ((GOOD, torch.zeros(60, 3)), {}, "Expected as many columns of y as of x, 2; got 3"),
+    "number": ((3, GOOD), {}, "Expected x of shape (N, D), one event a row; got int"),
+    "nothing": ((GOOD, None), {}, "Expected y of shape (N, D), one event a row; got NoneType"),
     "few": ((GOOD[:49], GOOD), {}, "Expected at least 50 events of each sample; got 49 and 60"),
     "words": ((["a"] * 60, GOOD), {}, "Expected x as a tensor or array"),
     "weights": ((GOOD, GOOD), {"weight_x": torch.zeros(60)}, "Expected weight_x with a positive"),
@@ -429,6 +441,7 @@ REFUSED = {
     "twice": ((GOOD, GOOD), {"classifiers": ["mlp", "mlp"]}, "got 'mlp' twice. Give a dict"),
     "object": ((GOOD, GOOD), {"classifiers": [3]}, "Expected classifiers as names or estimators"),
     "test": ((GOOD, GOOD), {"test": 1.0}, "Expected test as a share between 0 and 1; got 1.0"),
+    "test word": ((GOOD, GOOD), {"test": "a"}, "Expected test as a share between 0 and 1; got 'a'"),
     "small test": ((GOOD, GOOD), {"test": 0.9}, "Expected at least 10 test events and 20 others"),
     "calibration": ((GOOD, GOOD), {"calibration": "beta"}, "Expected calibration as auto, none"),
     "permutations": ((GOOD, GOOD), {"permutations": 0}, "Expected permutations as a whole number"),

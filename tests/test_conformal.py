@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import flowpost as fp
 from flowpost.calibration import Conformal, Recalibrator, conformal_levels
+from flowpost.diagnostics import hpd_levels
+from flowpost.systematics import ConditionedEncoder, MarginalModel, Nuisances
 
 
 def head(width=1.0):
@@ -25,6 +28,19 @@ def measured(n, seed, noisy=1.0):
     x = z + 0.5 * torch.randn(n, 2, generator=generator)
     far = noisy * torch.randn(n, 2, generator=generator) * math.sqrt(0.2) + 0.8 * x
     return x, torch.where(x[:, :1] > 0.5, far, z)
+
+
+def mixture():
+    """The exact head of z ~ N(0, 1), x = z + ν + N(0, 1), with ν ~ N(0, 0.1²) marginalised."""
+    head = fp.PosteriorHead(2, fp.Real(1), "affine")
+    with torch.no_grad():
+        head.flow.weight.zero_()
+        head.flow.bias.zero_()
+        head.flow.weight[0] = torch.tensor([0.5, -0.05])
+        head.flow.bias[1] = math.log(math.sqrt(0.5))
+    prior = Nuisances(shift=torch.distributions.Normal(0.0, 0.1))
+    model = fp.PosteriorModel(ConditionedEncoder(None, prior, context=1, hidden=0), head)
+    return MarginalModel(model, prior.sample(16, seed=0))
 
 
 def test_rule_of_n_plus_one():
@@ -45,7 +61,7 @@ def test_rule_of_n_plus_one():
 def test_guarantee_for_any_number_of_events(n, alpha):
     """Over calibration draws and new events: between 1 − α and 1 − α + 1/(n + 1)."""
     generator = torch.Generator().manual_seed(n)
-    trials = 3000
+    trials = 1000
     held = torch.rand(trials, n, generator=generator, dtype=torch.float64).square()
     new = torch.rand(trials, generator=generator, dtype=torch.float64).square()
     used = torch.stack([conformal_levels(row, alpha) for row in held])
@@ -74,6 +90,74 @@ def test_regions_of_a_posterior(kind, width):
     assert "for 50, 68, 90, 95, 99 %" in str(conformal)
 
 
+@pytest.mark.parametrize("width", [0.3, 0.1])
+def test_regions_of_a_head_that_is_far_too_narrow(width):
+    """Levels that round to 1 still have an order: that of the radius, here N(0, 1/width²)."""
+    (x, z), (new_x, new_z) = measured(2000, 0), measured(10_000, 1)
+    conformal = Conformal(head(width)).fit(x, z)
+    inside = conformal.contains(new_x, new_z, 0.9)
+    assert abs(float(inside.double().mean()) - 0.9) < 0.02
+    radius = conformal.radius(0.9)
+    assert torch.equal(inside, head(width)(new_x).to_base(new_z).double().norm(dim=-1) <= radius)
+    ratio = math.sqrt(0.2) / float(head(width)(x[:1]).stddev[0, 0])
+    assert float(radius) == pytest.approx(math.sqrt(-2 * math.log(0.1)) * ratio, rel=0.05)
+    with pytest.warns(UserWarning, match=r"round to 1.*contains, or .*radius"):
+        level = conformal.level(0.9)
+    exact = stats.chi2(2).cdf(float(radius) ** 2)
+    assert float(level) == pytest.approx(exact, abs=1e-15)
+    # a level as such is a coin for labels that no draw is further out than, but no more often
+    hpd = Conformal(head(width), "hpd", draws=32).fit(x, z)
+    assert abs(float(hpd.contains(new_x, new_z).double().mean()) - 0.9) < 0.02
+    with pytest.raises(ValueError, match="Expected base-ordered regions; got kind='hpd'"):
+        hpd.radius()
+
+
+def test_radius_in_bins_and_of_the_whole_space():
+    x, z = measured(2000, 0, noisy=2.0)
+    conformal = Conformal(head(), bins=[0.5]).fit(x, z, by=lambda x: x[:, 0])
+    radius = conformal.radius(0.9, x)
+    assert radius.shape == (2000,)
+    assert torch.equal(
+        conformal.contains(x, z), head()(x).to_base(z).double().norm(dim=-1) <= radius
+    )
+    assert Conformal(head()).fit(*measured(8, 0)).radius(0.9) == math.inf
+
+
+def test_failed_fit_leaves_the_first():
+    x, z = measured(1000, 0)
+    conformal = Conformal(head(), bins=[0.0]).fit(x, z, by=lambda x: x[:, 0])
+    before, held = conformal.level(0.9, x), conformal.held
+    with pytest.raises(ValueError, match="none with by < 0"):
+        conformal.fit(x, z, by=lambda x: x[:, 1] + 100)
+    assert conformal.held == held
+    assert torch.equal(conformal.level(0.9, x), before)
+
+
+def test_values_of_an_unconditional_head():
+    alone = fp.PosteriorHead(0, fp.Real(2), flow="diagonal")
+    generator = torch.Generator().manual_seed(0)
+    v = torch.rand(2000, generator=generator)
+    z = torch.where(v[:, None] < 0.5, 1.0, 1.5) * torch.randn(2000, 2, generator=generator)
+    conformal = Conformal(alone, bins=[0.5]).fit(None, z, by=v)
+    level = conformal.level(0.9, None, by=v[:5])
+    assert torch.equal(level > 0.95, v[:5] > 0.5)
+    assert abs(float(conformal.contains(None, z, by=v).double().mean()) - 0.9) < 0.01
+    binned = Recalibrator(alone, bins=[0.5]).fit(None, z, by=v)
+    both = Conformal(binned, bins=[0.5]).fit(None, z, by=v)
+    assert abs(both.level(0.9, by=v[:5]) - 0.9).max() < 0.05
+
+
+def test_levels_of_a_mixture_over_nuisances():
+    """z ~ N(0, 1), x = z + ν + N(0, 1) and a model that believes in ν of a tenth the size."""
+    generator = torch.Generator().manual_seed(0)
+    z, nu, noise = torch.randn(3, 3000, 1, generator=generator)
+    q = mixture()(z + nu + noise)
+    levels, _ = hpd_levels(q, z, 64, generator)
+    assert float((levels <= 0.9).double().mean()) < 0.87
+    used = conformal_levels(levels[:1000], 0.1)
+    assert abs(float((levels[1000:] <= used).double().mean()) - 0.9) < 0.03
+
+
 def test_of_a_recalibrated_posterior():
     model, (x, z) = head(0.7), measured(3000, 0)
     recalibrated = Recalibrator(model).fit(x[:2000], z[:2000])
@@ -82,6 +166,12 @@ def test_of_a_recalibrated_posterior():
     given = Recalibrator(model, bins=2).fit(x[:2000], z[:2000], by=x[:2000, 0])
     both = Conformal(given, bins=2).fit(x[2000:], z[2000:], by=x[2000:, 0])
     assert both.contains(x[:50], z[:50], by=x[:50, 0]).shape == (50,)
+    # one level for all, of a recalibrator that wants values
+    whole = Conformal(given, bins=1).fit(x[2000:], z[2000:], by=x[2000:, 0])
+    assert whole.held == (1000,)
+    assert abs(float(whole.level(0.9)) - 0.9) < 0.05
+    with pytest.raises(ValueError, match="Expected by=… with the values"):
+        Conformal(given).fit(x[2000:], z[2000:])
 
 
 @pytest.mark.parametrize("how", ["function", "values"])
@@ -133,6 +223,9 @@ def test_mistakes():
         conformal_levels(torch.rand(10), 90)
     with pytest.raises(ValueError, match="without NaN"):
         conformal_levels(torch.tensor([0.5, math.nan]))
+    for use in (fitted.level, lambda **k: fitted.contains(x, z, **k)):
+        with pytest.raises(ValueError, match=r"Expected by as values .* got a function"):
+            use(by=lambda x: x[:, 0])
     with pytest.raises(ValueError, match="Expected levels of the truth of shape"):
         conformal_levels(torch.rand(10, 2))
     with pytest.raises(ValueError, match=r"none with by < -100"):

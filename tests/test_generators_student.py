@@ -253,6 +253,32 @@ def test_effective_size_of_known_weights():
     torch.testing.assert_close(effective_size(w.log()), wanted)
 
 
+def test_draws_at_a_single_label_are_resampled(off):
+    teacher, student = off
+    w = weighted_draws(teacher, student, torch.tensor([1.0]).double(), 16)
+    assert w.log_weight.shape == (16,)
+    again = w.resampled(3, torch.Generator().manual_seed(0))
+    assert again.shape == (3, 2)
+    assert bool((again[:, None] == w.x).all(-1).any(1).all())
+
+
+def test_held_out_events_may_be_given(trained):
+    teacher, _, _ = trained
+    (x, z), held = crescents(300, 0), crescents(50, 1)
+    quick = {"epochs": 1, "batch_size": 100, "progress": False}
+    torch.manual_seed(0)
+    model = Teacher(fp.Real(1), 5, **SMALL)
+    history = fit(model, x, z, val=held, **quick)
+    own = -model.log_prob(*held).mean()
+    assert history.best.val == pytest.approx(float(own.detach()), rel=1e-5)
+    # the scales are those of all that was given for training
+    torch.testing.assert_close(model.loc, Teacher(fp.Real(1), 5, **SMALL).fit_scale(x, z).loc)
+    student = Student(teacher)
+    a = distill(student, x, z, val=held, **quick).best.val
+    b = distill(Student(teacher), x, z, val=crescents(50, 2), **quick).best.val
+    assert a != b
+
+
 def test_students_of_two_steps(monkeypatch):
     groups = GroupSums([4, 3], threshold=0.05)
     torch.manual_seed(0)
@@ -274,6 +300,26 @@ def test_students_of_two_steps(monkeypatch):
     torch.testing.assert_close(drawn.mean(0), x.mean(0), rtol=0.15, atol=0.01)
     with pytest.raises(ValueError, match="a teacher to learn from; got Student"):
         student.student()
+    both = model.student(first=True)
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for p in both.first.learned():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    poor = weighted_draws(model.continuous(), both.continuous(), z[:5], 400, generator=generator)
+    distill(both, x, z, epochs=4, batch_size=150, lr=5e-3, progress=False)
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    w = weighted_draws(model.continuous(), both.continuous(), z[:5], 400, generator=generator)
+    assert float(w.ess.mean()) > 0.8 > 2 * float(poor.ess.mean())
+
+    def forbidden(self, *args):
+        raise AssertionError("a slow inverse was called")
+
+    monkeypatch.setattr(MaskedFlow, "slow", forbidden)
+    both.sample(z, generator)
+    with pytest.raises(AssertionError, match="slow inverse"):
+        student.sample(z, generator)
+    with pytest.raises(ValueError, match="a teacher to learn from; got Student"):
+        both.student(first=True)
 
 
 def test_saving_types_and_randomness(trained, tmp_path):
@@ -328,6 +374,8 @@ def test_distillation_is_reproducible():
             lambda t: distill(Student(t), torch.zeros(9, 5), torch.zeros(9), terms={"kl": -1.0}),
             "at least 0",
         ),
+        (lambda t: effective_size([]), "at least one draw along dimension 0"),
+        (lambda t: effective_size(torch.zeros(3), dim=1), "along dimension 1"),
         (lambda t: Student(t).weighted(torch.zeros(1), minimum_ess=2.0), "between 0 and 1"),
         (lambda t: Student(t).weighted(torch.zeros(1), draws=0), "draws as a whole number"),
         (

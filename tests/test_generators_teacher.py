@@ -353,7 +353,7 @@ def test_two_steps_learn_showers_and_stay_below_the_truth():
     """The noise makes the likelihood a lower bound of that of zeros, which is known."""
     simulator, model = two_step(hidden=48)
     x, z = simulator.sample(3000, seed=0)
-    fit(model, x, z[:, :1], epochs=6, batch_size=150, lr=4e-3, progress=False)
+    fit(model, x, z[:, :1], epochs=5, batch_size=150, lr=4e-3, progress=False)
     fresh, label = simulator.sample(400, seed=1)
     exact = simulator.marginal_log_prob(fresh, label[:, 0])
     with torch.no_grad():
@@ -416,6 +416,16 @@ def test_two_step_log_prob_varies_with_the_noise_only():
         (
             lambda: fit(Teacher(fp.Real(1), 2), torch.zeros(9, 2), torch.zeros(9), val=0),
             "val as a share",
+        ),
+        (
+            lambda: fit(Teacher(fp.Real(1), 2), torch.zeros(9, 2), torch.zeros(9), val=(1, 2, 3)),
+            r"held-out events \(x, z\); got tuple",
+        ),
+        (
+            lambda: TwoStep.teacher(fp.Real(1), GroupSums([2, 2])).fit_scale(
+                torch.ones(5, 4), torch.zeros(4)
+            ),
+            r"x of shape \(4, 4\); got \(5, 4\)",
         ),
         (
             lambda: fit(Teacher(fp.Real(1), 2), torch.zeros(9, 2), torch.zeros(9), -torch.ones(9)),

@@ -33,15 +33,15 @@ def test_shares_of_the_truth():
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_quadrature_against_a_sum_over_quantiles_and_draws(threshold):
-    """P(X2 > s − X1) averaged over equally likely slices of X1, and 4·10⁶ pairs."""
-    u = (np.arange(2_000_000) + 0.5) / 2_000_000
+    """P(X2 > s − X1) averaged over equally likely slices of X1, and 10⁶ pairs."""
+    u = (np.arange(1_000_000) + 0.5) / 1_000_000
     x = stats.lognorm.ppf(u, 1)
     assert stats.lognorm.sf(threshold - x, 1).mean() == pytest.approx(
         exceedance(threshold), rel=1e-4
     )
-    drawn = float((total(pairs(4_000_000, 3)) > threshold).double().mean())
+    drawn = float((total(pairs(1_000_000, 3)) > threshold).double().mean())
     p = exceedance(threshold)
-    assert drawn == pytest.approx(p, abs=4 * np.sqrt(p / 4e6))
+    assert drawn == pytest.approx(p, abs=4 * np.sqrt(p / 1e6))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,10 @@ def test_resampled_pairs_are_memorised(compared):
     assert found["all permutations"].copies < 0.01
 
 
-def test_a_flow_generates_on_its_support():
+def test_a_flow_generates_on_its_support(monkeypatch):
+    monkeypatch.setattr("benchmarks.lognormal.EVENTS", 5000)
     made = flow(fp.Positive(2), epochs=1)(pairs(200, 0), 0)
-    assert made.shape == (200_000, 2)
+    assert made.shape == (5000, 2)
     assert bool((made > 0).all())
     again = flow(fp.Positive(2), epochs=1)(pairs(200, 0), 0)
     assert torch.equal(made, again)

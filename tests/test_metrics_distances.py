@@ -326,6 +326,12 @@ def test_directions_are_of_the_generator():
     assert torch.equal(state, torch.get_rng_state())
     assert first == again != other
     assert sliced_wasserstein(x, y, projections=3) != sliced_wasserstein(x, y, projections=3)
+    state = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    two = [
+        sliced_wasserstein(x, y, projections=n, generator=g)
+        for n, g in zip((3, np.int64(3)), state, strict=True)
+    ]
+    assert two[0] == two[1]
     columns = [wasserstein_1d(x[:, k], y[:, k]) for k in range(3)]
     found = sliced_wasserstein(x, y, p=1, projections=torch.eye(3))
     assert float(found) == pytest.approx(float(torch.stack(columns).mean()), **TIGHT)

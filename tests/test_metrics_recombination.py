@@ -40,6 +40,19 @@ def test_components_in_any_order_of_columns(rng):
     assert torch.equal(found.events, again.events)
 
 
+def test_columns_may_be_any_whole_numbers(rng):
+    x = rng.normal(size=(30, 3))
+    plain = recombine(x, [[0, 1], 2], permutations=1)
+    for components in (
+        [np.arange(2), np.int64(2)],
+        [torch.tensor([0, 1]), torch.tensor(2)],
+        ([np.int32(0), 1], [2]),
+    ):
+        found = recombine(x, components, permutations=1)
+        assert torch.equal(found.events, plain.events)
+        assert found.components == ((0, 1), (2,))
+
+
 def test_more_than_all_that_can_be_held_are_drawn(rng):
     found = recombine(rng.normal(size=(200, 3)), [0, 1, 2], permutations=9)
     assert len(found.events) == 1_000_000
@@ -92,7 +105,7 @@ def trial(seed):
     return [*found.p_values, found.p_value]
 
 
-@pytest.mark.parametrize("trials", [120, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [80, pytest.param(2000, marks=pytest.mark.slow)])
 def test_p_is_uniform_for_independent_components(trials):
     p = np.array([trial(seed) for seed in range(trials)])
     error = np.sqrt(0.05 * 0.95 / trials)
@@ -126,6 +139,9 @@ X = np.random.default_rng(1).normal(size=(30, 2))
 BAD = [
     (lambda: recombine(X, [[0, 1]]), "at least two components"),
     (lambda: recombine(X, [0]), "at least two components"),
+    (lambda: recombine(X, None), "components as columns of each, whole numbers; got None"),
+    (lambda: recombine(X, [0, 1.0]), "components as columns"),
+    (lambda: recombine(X, [0, [1.5]]), "components as columns"),
     (lambda: recombine(X, [0, [0, 1]]), "each of 2 columns once"),
     (lambda: recombine(X[:5], [0, 1]), "at least 20 events"),
     (lambda: recombine(X[:, 0], [0, 1]), r"shape \(N, D\)"),

@@ -56,7 +56,8 @@ def test_a_cut_generator_is_flagged_and_a_fair_one_is_not():
     fair = [r.exponential(size=20_000) for _ in range(4)]
     cut = [x[x < AT[1]] for x in fair]
     many = [1.5 * x for x in fair]
-    found = tails({"fair": fair, "cut": cut, "many": many}, AT, probabilities=SHARES)
+    samples = {"fair": fair, "cut": cut, "many": many}
+    found = tails(samples, AT, probabilities=SHARES, training_size=20_000)
     assert found.flagged == ("cut", "many")
     assert found["cut", AT[1]].flag == "none"
     assert found["cut", AT[0]].flag == "too few"
@@ -72,13 +73,67 @@ def test_no_events_prove_something_only_where_training_sets_had_some():
     few = tails({"g": made}, AT[2:], probabilities=SHARES[2:], training_size=50)
     many = tails({"g": made}, AT[2:], probabilities=SHARES[2:], training_size=2000)
     assert few.table[0].p_value == pytest.approx(0.998**100)
-    assert many.table[0].p_value == pytest.approx(0.998**4000)
+    # 5000 drawings leave out e^(-5000/2000) of 2000 events
+    seen = 1 - np.exp(-2.5)
+    assert many.table[0].p_value == pytest.approx((1 - 0.002 * seen) ** 4000)
     assert not few.flagged
     assert many.flagged == ("g",)
     # with a truth of events: the chance that all of those beyond are in the true sample
     true = np.concatenate([np.zeros(9980), np.full(20, 99.0)])
     sampled = tails({"g": made}, AT[2:], true=true, training_size=2000)
-    assert sampled.table[0].p_value == pytest.approx((10_000 / 14_000) ** 20, rel=1e-6)
+    expected = (10_000 / (10_000 + 4000 * seen)) ** 20
+    assert sampled.table[0].p_value == pytest.approx(expected, rel=1e-6)
+
+
+def test_of_no_events_nothing_is_said_without_the_number_of_training_events():
+    """What a generator that resamples 200 events gives is no more than they hold."""
+    r = np.random.default_rng(0)
+    made = {"g": [repeated(x, r, 20_000) for x in r.exponential(size=(4, 200))]}
+    at = max(7.0, *(float(x.max()) for x in made["g"]))
+    exact = {"probabilities": [np.exp(-7.0)]}
+    found = tails(made, [at], **exact)
+    assert found.table[0].share == 0
+    assert found.table[0].p_value == 1
+    assert not found.flagged
+    assert "g has no event beyond" in found.verdict()
+    assert "give training_size" in found.verdict()
+    known = tails(made, [at], training_size=200, **exact)
+    assert known.table[0].p_value == pytest.approx((1 - np.exp(-7.0)) ** 800)
+    assert "training_size" not in known.verdict()
+
+
+def test_few_generated_events_need_none_beyond_whatever_trained_them():
+    made = [np.zeros(100) for _ in range(4)]
+    exact = {"probabilities": [0.00135], "training_size": 20_000}
+    found = tails({"g": made}, [3.0], **exact)
+    assert found.table[0].p_value == pytest.approx(0.99865**400, rel=0.01)
+    assert not found.flagged
+    # events of no weight are not there
+    weighted = tails({"g": [(x, np.repeat([1.0, 0.0], [10, 90])) for x in made]}, [3.0], **exact)
+    assert weighted.table[0].p_value == pytest.approx(0.99865**40, rel=0.01)
+    training = torch.zeros(20_000)
+    one = bootstrap_tails(
+        {"g": lambda x, s: x[:100]}, training, [3.0], probabilities=[0.00135], resamplings=2
+    )
+    assert one.table[0].p_value == pytest.approx(0.99865**100, rel=0.01)
+    assert not one.flagged
+
+
+def test_none_beyond_is_as_rare_as_it_says_for_resampled_events():
+    """As many drawings as training events: 37 % of those are never drawn."""
+    p, n, least = 0.005, 1000, 0.0
+    found = []
+    for seed in range(400):
+        r = np.random.default_rng(seed)
+        made = [repeated(x, r, n) for x in r.uniform(size=(2, n))]
+        row = tails({"g": made}, [1 - p], probabilities=[p], training_size=n, bootstraps=2).table[0]
+        if row.share == 0:
+            least = row.p_value
+        found.append(row.share == 0)
+    rate = np.mean(found)
+    assert least == pytest.approx(np.exp(-2 * n * p * (1 - np.exp(-1))), rel=0.05)
+    assert rate <= least + 3.3 * np.sqrt(least / 400)
+    assert rate > 0
 
 
 def test_a_small_truth_is_said():
@@ -141,7 +196,7 @@ def test_one_training_set_is_resampled():
 
 def test_resampled_p_rejects_as_often_as_it_says():
     p = []
-    for trial_seed in range(150):
+    for trial_seed in range(120):
         x = torch.as_tensor(np.random.default_rng(trial_seed).exponential(size=500))
 
         def generate(x, seed):
@@ -151,8 +206,8 @@ def test_resampled_p_rejects_as_often_as_it_says():
             {"g": generate}, x, AT[:1], probabilities=SHARES[:1], seed=trial_seed
         )
         p.append(found.table[0].p_value)
-    assert stats.kstest(p, "uniform").statistic < 1.63 / np.sqrt(150)
-    assert (np.array(p) <= 0.05).mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
+    assert stats.kstest(p, "uniform").statistic < 1.63 / np.sqrt(120)
+    assert (np.array(p) <= 0.05).mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 120)
 
 
 ONE = [np.ones(20), np.zeros(20)]

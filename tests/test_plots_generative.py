@@ -7,10 +7,12 @@ import torch
 from matplotlib.colors import to_rgba
 
 from flowpost.metrics import (
+    CrossTable,
     compare_correlations,
     downstream,
     held_out_statistics,
     memorisation,
+    recombine,
     tails,
 )
 
@@ -34,7 +36,7 @@ def test_statistics_that_differ_are_marked(rng):
     ax = result.plot()
     drawn = {line.get_label(): line.get_xdata() for line in ax.get_lines()}
     assert drawn["differs"] == pytest.approx([result["two"].w1_scaled])
-    assert drawn["agrees"] == pytest.approx([result["one"].w1_scaled])
+    assert drawn["p > 1 %"] == pytest.approx([result["one"].w1_scaled])
     assert [t.get_text().split()[0] for t in ax.get_yticklabels()] == ["one", "two"]
     widths = [patch.get_width() for patch in ax.patches]
     assert widths[0] == pytest.approx(result["one"].expected / result["one"].spread)
@@ -57,7 +59,8 @@ def test_correlations_have_their_differences_written(rng):
 def test_flagged_tails_are_open(rng):
     fair = [rng.exponential(size=5000) for _ in range(4)]
     cut = [x[x < 1] for x in fair]
-    result = tails({"fair": fair, "cut": cut}, [0.5, 1.5], probabilities=np.exp([-0.5, -1.5]))
+    exact = np.exp([-0.5, -1.5])
+    result = tails({"fair": fair, "cut": cut}, [0.5, 1.5], probabilities=exact, training_size=5000)
     _, ax = plt.subplots()
     assert result.plot(ax) is ax
     lines = [line for line in ax.get_lines() if line.get_marker() in ("o", "s")]
@@ -93,3 +96,39 @@ def test_residuals_at_equal_areas(rng):
     assert result.plot().get_xlabel() == "residual of a"
     with pytest.raises(ValueError, match="name as one of a, b"):
         result.plot(name="c")
+
+
+def test_what_combinations_are_worth(rng):
+    x = rng.normal(size=(60, 2))
+    options = {"statistic": lambda v: v.sum(1), "permutations": 9}
+    result = recombine(x, [0, 1], thresholds=[1.0, 2.0, 99.0], **options)
+    ax = result.plot()
+    heights = [patch.get_height() for patch in ax.patches]
+    assert heights == pytest.approx([*(g.effective_count for g in result.gains[:2]), 0])
+    assert ax.get_lines()[0].get_ydata()[0] == 60
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "99"]
+    assert [t.get_text() for t in ax.texts] == [f"× {h / 60:.2g}" for h in heights[:2]]
+    with pytest.raises(ValueError, match="with gains at thresholds; got none"):
+        recombine(x, [0, 1], permutations=9).plot()
+
+
+def test_the_four_areas_are_written_in_their_cells():
+    result = CrossTable(
+        auc=np.array([[0.81, 0.72], [0.63, 0.94]]),
+        error=np.array([[0.011, 0.012], [0.013, 0.014]]),
+        loss=-0.18,
+        loss_error=0.02,
+        p_value=0.01,
+        classifier="logistic",
+        count=((50, 50),) * 4,
+        permutations=99,
+    )
+    _, ax = plt.subplots()
+    assert result.plot(ax) is ax
+    np.testing.assert_array_equal(ax.get_images()[0].get_array(), result.auc)
+    written = {t.get_position(): t.get_text() for t in ax.texts}
+    # columns are what was tested on
+    assert written[(1, 0)] == "0.720\n± 0.012"
+    assert written[(0, 1)] == "0.630\n± 0.013"
+    assert ax.get_ylabel() == "trained on"
+    assert ax.get_title() == "logistic: loss -0.180 ± 0.020, p = 0.01"

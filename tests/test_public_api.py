@@ -33,7 +33,7 @@ MODULES = {
     "flowpost.systematics": "ConditionedEncoder EpochEvents Marginal MarginalModel Mixed Nuisances "
     "Perturbed Point Price Simulated SystematicsReport Weighted at marginal report",
     "flowpost.generators": "Critic GeneratorEpoch GeneratorHistory GroupSums Library NoiseNetwork "
-    "Sampler SamplingEpoch SamplingHistory Student Teacher TwoStep WeightedDraws distill "
+    "Sampler Student Teacher TwoStep WeightedDraws distill "
     "effective_size energy_score fit fit_critic fit_energy gradient_penalty weighted_draws",
     "flowpost.calibration": "Align Conformal Recalibrator conformal_levels",
     "flowpost.diagnostics": "Coverage CoverageAccumulator LevelAccumulator LevelCoverage "
@@ -41,9 +41,10 @@ MODULES = {
     "coverage hpd_coverage hpd_levels ks_pvalue ks_uniform level_coverage local_coverage sbc "
     "sbc_ranks sharpness tarp tarp_levels",
     "flowpost.plots": "Region draws_region grid_region mass_threshold plot_corner "
-    "plot_correlations plot_coverage plot_downstream plot_gallery plot_history plot_impacts "
+    "plot_correlations plot_coverage plot_cross_table plot_downstream plot_gallery "
+    "plot_history plot_impacts "
     "plot_local_coverage plot_memorisation plot_nuisances plot_p_values "
-    "plot_pulls plot_ranks plot_ratio plot_reliability plot_roc plot_scan "
+    "plot_pulls plot_ranks plot_ratio plot_recombination plot_reliability plot_roc plot_scan "
     "plot_showers plot_skymap plot_statistics plot_summary_history plot_systematics plot_tails "
     "plot_templates plot_zoom",
     "flowpost.metrics": "ClassifierScore ClassifierTest CorrelationTest CrossTable DensityRatio "
@@ -204,6 +205,7 @@ calibration.Conformal.fit(self, x, z, by=None, *, reference=None, seed=0, progre
 calibration.Conformal.level(self, level=0.9, x=None, *, by=None, reference=None)
 calibration.Conformal.contains(self, x, z, level=0.9, *, by=None, reference=None, seed=1, \
 progress=False)
+calibration.Conformal.radius(self, level=0.9, x=None, *, by=None, reference=None)
 calibration.conformal_levels(levels_of_truth, alpha=0.1)
 diagnostics.local_coverage(u, context, *, names=None, classifier='hist-gradient-boosting', \
 trials=200, stop=20, folds=3, depth=2, smallest=0.05, seed=0, progress=False)
@@ -239,7 +241,7 @@ label_hidden=64, label_layers=2)
 generators.Student(teacher, *, hidden=None, depth=None)
 generators.Student.weighted(self, z, draws=256, *, minimum_ess=0.0, generator=None)
 generators.TwoStep(first, second, groups)
-generators.TwoStep.student(self, **options)
+generators.TwoStep.student(self, *, first=False, **options)
 generators.TwoStep.teacher(space, groups, first=None, second=None)
 generators.GroupSums(sizes, threshold=0.0, noise='smooth')
 generators.fit(model, x, z, weight=None, *, val=0.1, epochs=20, batch_size=512, lr=0.002, \

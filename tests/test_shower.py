@@ -157,7 +157,7 @@ def test_marginal_of_an_empty_event_has_the_rest_of_the_prior():
 
 def test_marginal_is_calibrated(events):
     """Were energies and data independent, ln p(x|E) would not prefer the true energies."""
-    x, z = (t[:1200] for t in events)
+    x, z = (t[:800] for t in events)
     right = SHOWER.marginal_log_prob(x[:300], z[:300, 0])
     wrong = SHOWER.marginal_log_prob(x[:300], 1.3 * z[:300, 0])
     assert (right - wrong).mean() > 1
@@ -165,6 +165,12 @@ def test_marginal_is_calibrated(events):
     near = SHOWER.marginal_log_prob(x, 1.005 * z[:, 0])
     ratio = (near - SHOWER.marginal_log_prob(x, z[:, 0])).exp()
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(x) ** 0.5
+
+
+def test_the_least_energy_is_that_of_the_prior():
+    z = Shower(energy_range=(0.05, 0.06)).sample_prior(10, seed=0)
+    z[0, 0] = 0.05
+    assert bool(torch.isfinite(SHOWER.log_prob(torch.zeros(10, 78), z)).all())
 
 
 def test_prior():
@@ -218,6 +224,8 @@ def test_randomness_and_types():
         (lambda: Shower(half_width=0.0), "half_width as a positive number"),
         (lambda: Shower(scale=math.nan), "scale as a positive number"),
         (lambda: Shower(energy_range=(5.0, 1.0)), "Give them in GeV"),
+        (lambda: Shower(energy_range=5), "low < high; got 5"),
+        (lambda: Shower(energy_range=(1.0, 2.0, 3.0)), "low < high; got"),
         (lambda: SHOWER.sample(0), "n as a whole number"),
         (lambda: SHOWER.sample(2, torch.Generator(), 1), "Give one of the two"),
         (lambda: SHOWER.simulate(torch.zeros(3)), r"z of shape \(N, 2\)"),
@@ -228,7 +236,12 @@ def test_randomness_and_types():
         (lambda: SHOWER.log_prob(torch.full((1, 78), 1e-3), torch.ones(1, 2)), "to zero"),
         (lambda: SHOWER.log_prob(torch.full((1, 78), -1.0), torch.ones(1, 2)), "row 0, column 0"),
         (lambda: SHOWER.marginal_log_prob(torch.zeros(2, 78), torch.ones(3)), r"shape \(2,\)"),
-        (lambda: SHOWER.marginal_log_prob(torch.zeros(1, 78), torch.zeros(1)), "positive energy"),
+        (
+            lambda: SHOWER.marginal_log_prob(torch.zeros(1, 78), torch.zeros(1)),
+            "energies of at least",
+        ),
+        (lambda: SHOWER.fractions(torch.tensor([[0.0015, 0.0]])), "at least 0.05 GeV .* row 0"),
+        (lambda: SHOWER.log_prob(torch.zeros(1, 78), torch.tensor([[0.001, 0.0]])), "0.05 GeV"),
         (lambda: SHOWER.layer_energies(torch.zeros(78)), r"\(N, 78\)"),
         (lambda: SHOWER.join(torch.zeros(2, 2), torch.zeros(2, 78)), r"\(N, 3\)"),
     ],

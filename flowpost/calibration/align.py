@@ -17,13 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import as_tensor, check_finite, check_positive_int, check_shape
-from ..metrics.energy import energy_distance
+from ..metrics.energy import distance_correlation, energy_distance
 
 __all__ = ["Align"]
 
@@ -35,6 +37,7 @@ class Align:
     Arguments:
         metric: Distance of two samples, called as metric(x, y) or, where there are event weights,
             metric(x, y, weight_x, weight_y): one of `flowpost.metrics` or a function of yours.
+            Not `distance_correlation`, which is of two columns of the same events.
             `symmetric_kl` takes logits (N, K), the others outputs of any kind, (N,) or (N, D):
             class probabilities, contexts, posterior parameters. Options by `functools.partial`.
         per_class: Compare each class with itself. Without it the distributions of all events, which
@@ -62,7 +65,13 @@ class Align:
                 f"Expected metric as a function of two samples; got {self.metric!r}. "
                 "Take one of flowpost.metrics, such as energy_distance."
             )
-        if not 0 <= self.weight < math.inf:
+        if _innermost(self.metric) is distance_correlation:
+            raise ValueError(
+                "Expected metric as a distance of two samples; got distance_correlation, which "
+                "takes two columns of the same events. For a continuous nuisance nu add "
+                "distance_correlation(outputs[c == k], nu[c == k]) of each class k to the loss."
+            )
+        if not isinstance(self.weight, Real) or not 0 <= self.weight < math.inf:
             raise ValueError(f"Expected weight as a number of at least 0; got {self.weight!r}.")
         check_positive_int(self.min_events, "min_events")
 
@@ -151,6 +160,12 @@ class Align:
         if first.weight is None and second.weight is None:
             return self.metric(first.outputs, second.outputs)
         return self.metric(first.outputs, second.outputs, first.weight, second.weight)
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 @dataclass(frozen=True)

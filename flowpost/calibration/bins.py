@@ -14,10 +14,11 @@ from .._checks import as_tensor, check_finite, check_positive_int, check_shape
 from .._events import chosen, mapped, sizes
 from .._modes import evaluating
 from .._progress import progress_bar
+from ..diagnostics.local_result import told_apart
 from ..model import PosteriorModel
 from ..posterior import Posterior
 
-__all__ = ["EventBins", "posteriors"]
+__all__ = ["EventBins", "given_values", "of_each", "posteriors"]
 
 _ROWS = 4096
 # what `by` is, where it is no label column
@@ -50,6 +51,24 @@ def posteriors(
             q = call(part, **{k: chosen(v, rows) for k, v in options.items() if v is not None})
             yield rows, part, q if q.batch_shape else q.expand((len(rows),))
             bar.update(len(rows))
+
+
+def given_values(by: Any) -> Tensor | None:
+    """Values of by as a tensor, or None.
+
+    Raises:
+        ValueError: If they are a function, as the bins keep the one that they were fitted with.
+    """
+    if callable(by):
+        raise ValueError(
+            "Expected by as values (N,); got a function. Call fit with it, or give its values."
+        )
+    return None if by is None else as_tensor(by, "by")
+
+
+def of_each(q: Posterior, by: Any) -> Posterior:
+    """An unconditional posterior as that of each event that values are given of."""
+    return q if by is None or q.batch_shape else q.expand(tuple(as_tensor(by, "by").shape))
 
 
 class EventBins(nn.Module):
@@ -103,6 +122,7 @@ class EventBins(nn.Module):
         Raises:
             ValueError: If values are missing, not wanted, or do not fit.
         """
+        by = given_values(by)
         if by is not None and not self.given:
             raise ValueError(
                 f"Expected no values of by; the bins are of {self.by or 'all events together'}. "
@@ -156,6 +176,7 @@ class EventBins(nn.Module):
         if self.count == 1:
             return ["all events"]
         name = "by" if self.by in (None, _GIVEN) else self.by
-        edges = [f"{e:.4g}" for e in self.edges.tolist()]
+        # edges that were given are shown as they are
+        edges = told_apart(self.edges.tolist(), 12 if self.fixed else 4)
         inner = [f"{low} ≤ {name} < {high}" for low, high in pairwise(edges)]
         return [f"{name} < {edges[0]}", *inner, f"{name} ≥ {edges[-1]}"]

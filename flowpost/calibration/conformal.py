@@ -10,6 +10,9 @@ holds the label of a new event with probability k/(n + 1): at least 1 − α, an
 bad, as long as the new event is exchangeable with those held out: on average over both. For k > n
 there is no such region but the whole space, and t = ∞.
 
+Base-ordered regions are ordered by ‖u‖²: the credible level is its :math:`\chi^2_d` distribution
+function, which rounds to 1 far out, where the labels of a head that is far too narrow are.
+
 Sources: V. Vovk, A. Gammerman, G. Shafer, *Algorithmic learning in a random world*, 2005,
 https://doi.org/10.1007/b106715; H. Papadopoulos, K. Proedrou, V. Vovk, A. Gammerman, *Inductive
 confidence machines for regression*, 2002, https://doi.org/10.1007/3-540-36755-1_29.
@@ -18,6 +21,7 @@ confidence machines for regression*, 2002, https://doi.org/10.1007/3-540-36755-1
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +33,7 @@ from ..diagnostics import hpd_levels
 from ..head import PosteriorHead
 from ..model import PosteriorModel
 from ..posterior import Posterior
-from .bins import EventBins, posteriors
+from .bins import EventBins, given_values, of_each, posteriors
 from .recalibrate import Recalibrator
 
 __all__ = ["Conformal", "conformal_levels"]
@@ -45,6 +49,8 @@ def conformal_levels(
     Arguments:
         levels_of_truth: Credible level of the true label of each held-out event, (n,):
             `q.credibility(z)`, `hpd_levels(q, z)[0]`, or any score by which regions are ordered.
+            Pass ‖u‖² for heads that may be far too narrow, `q.to_base(z).square().sum(-1)`: levels
+            of labels far out round to 1 and are no longer told apart.
         alpha: Share of the events whose label may lie outside, in (0, 1): one or Q of them.
 
     Returns:
@@ -82,7 +88,9 @@ class Conformal:
     Arguments:
         model: A trained model, a head, or a fitted `Recalibrator`.
         kind: `"base"` for the base-ordered regions, `"hpd"` for those of highest density.
-        draws: Draws of an event by which its HPD level is known.
+        draws: Draws S of an event by which its HPD level is known to 1/(S + 1). Labels less dense
+            than all draws are ordered by chance: of a head that is far too narrow, the region ends
+            at random among them.
         bins: Number of bins of equal content of a quantity that `fit` is given, or their inner
             edges.
 
@@ -95,6 +103,8 @@ class Conformal:
         >>> conformal = Conformal(head).fit(None, 2 * torch.randn(999, 2))
         >>> bool(conformal.level(0.9) > 0.99)
         True
+        >>> conformal.radius(0.9)
+        tensor(4..., dtype=torch.float64)
     """
 
     def __init__(
@@ -117,12 +127,12 @@ class Conformal:
         self.model, self.kind, self.draws, self.bins = model, kind, draws, bins
         self._inner = model.model if isinstance(model, Recalibrator) else model
         self.events = EventBins(self._inner, bins)
-        self.levels: tuple[Tensor, ...] = ()
+        self._scores: tuple[Tensor, ...] = ()
 
     @property
     def held(self) -> tuple[int, ...]:
         """Held-out events of each bin."""
-        return tuple(map(len, self.levels))
+        return tuple(map(len, self._scores))
 
     def fit(
         self,
@@ -150,20 +160,19 @@ class Conformal:
         Raises:
             ValueError: If shapes do not fit or there are no events in a bin.
         """
-        self.events = EventBins(self._inner, self.bins, by)
-        values = by if self.events.given and not callable(by) else None
-        levels, seen = self._levels(x, z, values, reference, seed, progress)
-        edge = self.events.fit_edges(seen)
-        place = torch.bucketize(seen, self.events.edges, right=True)
-        self.levels = tuple(
-            levels[(place == k) & ~edge].sort().values for k in range(self.events.count)
-        )
-        for where, part in zip(self.events.intervals(), self.levels, strict=True):
+        events = EventBins(self._inner, self.bins, by)
+        values = by if events.given and not callable(by) else None
+        scores, seen = self._scored(events, x, z, values, reference, seed, progress)
+        edge = events.fit_edges(seen)
+        place = torch.bucketize(seen, events.edges, right=True)
+        found = tuple(scores[(place == k) & ~edge].sort().values for k in range(events.count))
+        for where, part in zip(events.intervals(), found, strict=True):
             if not len(part):
                 raise ValueError(
                     f"Expected held-out events in every bin; got none with {where}. Give more "
                     "events, or fewer bins."
                 )
+        self.events, self._scores = events, found
         return self
 
     def level(
@@ -180,24 +189,67 @@ class Conformal:
         Returns:
             A credible level () of all events, or that of each (N,) where there are bins; infinite,
             for the whole space, where a bin has fewer than level / (1 − level) held-out events.
+            A warning is given where a base-ordered level is so close to 1 that `q.credibility`
+            rounds to it; `radius` and `contains` go on to tell labels apart.
 
         Raises:
             ValueError: If it is not fitted, or the level not between 0 and 1.
         """
-        table = self._table(level)
+        found = self._credible(self._used(level, x, by, reference))
+        rounding = torch.finfo(self._inner.head.flow.bias.dtype).eps
+        if self.kind == "base" and bool(((found < math.inf) & (1 - found < rounding)).any()):
+            warnings.warn(
+                "Credible levels round to 1: the posterior is far too narrow for them. Use "
+                "contains, or compare q.to_base(z).double().norm(dim=-1) with radius(…).",
+                stacklevel=2,
+            )
+        return found
+
+    def radius(
+        self, level: float = 0.9, x: Any = None, *, by: Any = None, reference: Any = None
+    ) -> Tensor:
+        """Radius ‖u‖ of the base-ordered regions that hold the truth with such a probability.
+
+        It tells apart what levels that round to 1 do not. Arguments are those of `level`.
+
+        Returns:
+            A radius () of all events, or that of each (N,) where there are bins; infinite for the
+            whole space. A label z is in the region where `q.to_base(z).double().norm(dim=-1)` is
+            no larger.
+
+        Raises:
+            ValueError: If it is not fitted, the regions are those of highest density, or the level
+                is not between 0 and 1.
+        """
+        if self.kind != "base":
+            raise ValueError(
+                f'Expected base-ordered regions; got kind={self.kind!r}. Use kind="base" or level.'
+            )
+        return self._used(level, x, by, reference).sqrt()
+
+    def _used(self, level: float, x: Any, by: Any, reference: Any) -> Tensor:
+        """The largest score in the region of all events (), or of each (N,)."""
+        table, by = self._table(level), given_values(by)
         if self.events.count == 1:
             return table[0]
         with torch.no_grad():
-            q = self._inner(x, reference=reference)
+            q = of_each(self._inner(x, reference=reference), by)
             return table[self.events.place(self.events.values(x, q, by), q).cpu()]
 
+    def _credible(self, scores: Tensor) -> Tensor:
+        """Credible levels of scores; infinite ones stay so."""
+        if self.kind != "base":
+            return scores
+        half = scores.new_tensor(self._inner.head.space.dof / 2)
+        return torch.where(scores.isinf(), scores, torch.special.gammainc(half, scores / 2))
+
     def _table(self, level: float) -> Tensor:
-        """The credible level to use in each bin (K,)."""
-        if not self.levels:
+        """The largest score in the region of each bin (K,)."""
+        if not self._scores:
             raise ValueError("Expected a fitted Conformal; call fit with held-out events.")
         if not 0 < level < 1:
             raise ValueError(f"Expected level between 0 and 1; got {level}. 90 % is written 0.9.")
-        return torch.stack([conformal_levels(part, 1 - level) for part in self.levels])
+        return torch.stack([conformal_levels(part, 1 - level) for part in self._scores])
 
     def contains(
         self,
@@ -218,48 +270,54 @@ class Conformal:
             ValueError: If it is not fitted or shapes do not fit.
         """
         table = self._table(level)
-        levels, seen = self._levels(x, z, by, reference, seed, progress)
-        return levels <= table[torch.bucketize(seen, self.events.edges, right=True)]
+        by = given_values(by)
+        scores, seen = self._scored(self.events, x, z, by, reference, seed, progress)
+        return scores <= table[torch.bucketize(seen, self.events.edges, right=True)]
 
-    def _levels(
-        self, x: Any, z: Any, by: Any, reference: Any, seed: int, progress: bool
+    def _scored(
+        self,
+        events: EventBins,
+        x: Any,
+        z: Any,
+        by: Any,
+        reference: Any,
+        seed: int,
+        progress: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Credible levels (n,) of labels, and what is binned (n,), on the CPU in double."""
+        """‖u‖² or HPD levels (n,) of labels, and what is binned (n,), on the CPU in double."""
         z = self._inner.head._columns(as_tensor(z, "labels"))
         generator = torch.Generator().manual_seed(seed)
-        values = None if by is None or callable(by) else as_tensor(by, "by")
         found, binned, seen = [], [], []
 
         def call(x: Any, by: Any = None, **options: Any) -> Posterior:
             q = self._inner(x, **options)
-            whole = q if q.batch_shape or by is None else q.expand((len(by),))
-            seen.append(self.events.values(x, whole, by))
+            seen.append(events.values(x, of_each(q, by), by))
             if not isinstance(self.model, Recalibrator):
                 return q
             if self.model.events.given and by is not None:
                 options["by"] = by
             return self.model(x, **options)
 
-        options = {"reference": reference, "by": values}
+        options = {"reference": reference, "by": given_values(by)}
         for rows, _, q in posteriors(self.model, call, x, len(z), "conformal", progress, **options):
             if self.kind == "base":
-                levels = q.credibility(z[rows])
+                scores = q.to_base(z[rows]).double().square().sum(-1)
             else:
-                levels, _ = hpd_levels(q, z[rows], self.draws, generator)
-            found.append(levels.double().cpu())
+                scores, _ = hpd_levels(q, z[rows], self.draws, generator)
+            found.append(scores.double().cpu())
             value = seen.pop()
             value = torch.zeros(len(rows)) if value is None else value.expand(len(rows))
             binned.append(value.double().cpu())
-        levels = torch.cat(found)
-        check_finite(levels, "credible levels", "Has the training diverged?")
-        return levels, torch.cat(binned)
+        scores = torch.cat(found)
+        check_finite(scores, "levels of the labels", "Has the training diverged?")
+        return scores, torch.cat(binned)
 
     def __str__(self) -> str:
-        if not self.levels:
+        if not self._scores:
             return f"Conformal {self.kind} levels, not fitted"
         lines = [f"Conformal {self.kind} levels of {sum(self.held)} held-out events"]
-        for where, part in zip(self.events.intervals(), self.levels, strict=True):
-            used = conformal_levels(part, [0.5, 0.32, 0.1, 0.05, 0.01]).tolist()
+        for where, part in zip(self.events.intervals(), self._scores, strict=True):
+            used = self._credible(conformal_levels(part, [0.5, 0.32, 0.1, 0.05, 0.01])).tolist()
             lines.append(
                 f"  {where}: for 50, 68, 90, 95, 99 %: " + ", ".join(f"{t:.4f}" for t in used)
             )

@@ -5,8 +5,9 @@ cross-validation says: of no map at all, a shift and scale, and ever more knots,
 the values nowhere further from the base than chance does in one of a hundred cases, and of these
 the simplest that comes within two nats of the lowest :math:`-\sum \ln q` of events to which it was
 not fitted. Beyond the last knot it goes on with its slope there, but in the end no steeper than 1:
-a head that is too wide is not known to be so for outliers. Where the label is compact it returns to
-the identity instead.
+a head that is too wide is not known to be so for outliers. Where the label is compact the base
+reaches infinity at the antipode, and the density there has a factor of e^((t − G)/2): the slope of
+G becomes 1 at once, so that t − G is constant and the density goes on smoothly.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from .monotone import Knots, Monotone, stacked
 
-__all__ = ["KNOTS", "effective", "line_map", "radial_map"]
+__all__ = ["IDENTITY", "KNOTS", "effective", "line_map", "radial_map"]
 
 # knots of every map, those on its straight ends included
 KNOTS = 64
+IDENTITY = Knots(*(torch.tensor(v, dtype=torch.float64) for v in ([0, 1], [0, 1], [1, 1])))
 # events beyond the last knot, and between two of them
 _TAIL, _BETWEEN = 25, 15
 _PIECES = (0, 1, 2, 4, 8, 16, 32)
@@ -35,8 +37,8 @@ _CHANCE = 1.63
 _LACK = 2.0
 # by what factor the slope at the end may differ from that of the map as a whole
 _BEND = 4.0
-# compact labels: from the last knot to where the map is the identity, in σ
-_RETURN = 2.0
+# compact labels: from the last knot to where the slope is 1, in ‖u‖²
+_TURN = 2.0
 
 _Fit = Callable[[np.ndarray, np.ndarray, int], Knots]
 # ln q but for a constant, and level, of values (n,)
@@ -58,7 +60,7 @@ def radial_map(
         t: ‖u‖² of held-out events (n,).
         weight: Their weights (n,).
         dof: d.
-        compact: Whether the map has to return to the identity.
+        compact: Whether its slope has to be 1 beyond the events.
         order: A permutation of the events, which sets the folds.
 
     Returns:
@@ -70,6 +72,7 @@ def radial_map(
         if pieces == 1:
             ratio = dof * weight.sum() / (weight * t).sum()
             y = chdtri(dof, np.array([1e-2, 5e-4]))
+            y = np.unique(np.minimum(y, ratio * t.max())) if compact else y
             x = y / ratio
         else:
             p = _levels(pieces, effective(weight))
@@ -77,9 +80,8 @@ def radial_map(
         x, y = np.concatenate([[0.0], x]), np.concatenate([[0.0], y])
         if not compact:
             return _through(*_eased(x, y))
-        x, y = _further(x, y, float(chdtri(dof, 5e-4)))
-        end = (max(x[-1], y[-1]) ** 0.5 + _RETURN) ** 2
-        return _through(np.append(x, end), np.append(y, end), y[1] / x[1], 1.0)
+        rise = _TURN * (_end_slope(x, y) + 1) / 2
+        return _through(np.append(x, x[-1] + _TURN), np.append(y, y[-1] + rise), y[1] / x[1], 1.0)
 
     def score(table: Monotone, t: Tensor) -> tuple[Tensor, Tensor]:
         y, log_slope = table(t[:, None], torch.zeros(len(t), dtype=torch.int64))
@@ -90,27 +92,20 @@ def radial_map(
     return _chosen(np.maximum(t, 1e-30), weight, fit, score, order)
 
 
-def line_map(
-    u: np.ndarray, weight: np.ndarray, compact: bool, order: np.ndarray
-) -> tuple[Knots, float]:
+def line_map(u: np.ndarray, weight: np.ndarray, order: np.ndarray) -> tuple[Knots, float]:
     """The map of one base coordinate (n,) that makes it N(0, 1); see `radial_map`."""
     from scipy.special import ndtri
 
     def fit(u: np.ndarray, weight: np.ndarray, pieces: int) -> Knots:
-        if pieces == 1:
+        p = _levels(pieces, effective(weight)) if pieces > 1 else np.empty(0)
+        # a shift and scale, where events are too few for two quantiles
+        if len(p) < 2:
             mean = np.average(u, weights=weight)
             width = max(np.average((u - mean) ** 2, weights=weight) ** 0.5, 1e-6)
             y = np.array([-3.5, -2.5, 2.5, 3.5])
             x = mean + width * y
         else:
-            p = _levels(pieces, effective(weight))
             x, y = _rising(_quantiles(u, weight, p), ndtri(p), -math.inf)
-        if compact:
-            x, y = _further(x, y, 3.5)
-            x, y = (-v[::-1] for v in _further(-x[::-1], -y[::-1], 3.5))
-            end = max(np.abs(x).max(), np.abs(y).max()) + _RETURN
-            x, y = (np.concatenate([[-end], v, [end]]) for v in (x, y))
-            return _through(x, y, 1.0, 1.0)
         right, top, _, last = _eased(x, y)
         left, bottom, _, first = _eased(-x[::-1], -y[::-1])
         new = len(left) - len(x)
@@ -133,10 +128,9 @@ def _chosen(
     pieces = [k for k in _PIECES if k < 2 or k <= most]
     fold = np.empty(len(values), dtype=int)
     fold[order] = np.arange(len(values)) % _FOLDS
-    identity = Knots(*(torch.tensor(v, dtype=torch.float64) for v in ([0, 1], [0, 1], [1, 1])))
 
     def made(rows: np.ndarray, count: int) -> Knots:
-        return fit(values[rows], weight[rows], count) if count else identity
+        return fit(values[rows], weight[rows], count) if count else IDENTITY
 
     total = np.zeros(len(pieces))
     for k in range(_FOLDS):
@@ -206,13 +200,6 @@ def _rising(x: np.ndarray, y: np.ndarray, above: float) -> tuple[np.ndarray, np.
 def _end_slope(x: np.ndarray, y: np.ndarray) -> float:
     whole, slope = (y[-1] - y[0]) / (x[-1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
     return float(min(max(slope, whole / _BEND), whole * _BEND))
-
-
-def _further(x: np.ndarray, y: np.ndarray, far: float) -> tuple[np.ndarray, np.ndarray]:
-    """Knots that go on with the last slope as far as a value."""
-    if y[-1] >= far:
-        return x, y
-    return np.append(x, x[-1] + (far - y[-1]) / _end_slope(x, y)), np.append(y, far)
 
 
 def _eased(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:

@@ -138,7 +138,9 @@ def stacked(rows: Sequence[Sequence[Knots]], count: int) -> Knots:
 def _filled(knots: Knots, count: int) -> Knots:
     missing = count - len(knots.x)
     more = torch.arange(1, missing + 1, dtype=knots.x.dtype)
-    step = (knots.x[-1] - knots.x[0]) / len(knots.x)
+    # both x and y far enough apart to differ in single precision
+    span = torch.maximum(knots.x[-1] - knots.x[0], (knots.y[-1] - knots.y[0]) / knots.slope[-1])
+    step = span / len(knots.x)
     x = torch.cat([knots.x, knots.x[-1] + more * step])
     y = torch.cat([knots.y, knots.y[-1] + more * step * knots.slope[-1]])
     return Knots(x, y, torch.cat([knots.slope, knots.slope[-1:].expand(missing)]))

@@ -105,14 +105,14 @@ def marginal(knots: Knots, dof: int, leading: int, compact: bool) -> Knots:
         knots: G of all coordinates.
         dof: d.
         leading: k < d.
-        compact: Whether G is the identity from its last knot on; the result is so too.
+        compact: Whether the slope of G is 1 from its last knot on; that of the result is so too.
     """
     from scipy.special import gammainccinv, gammaincinv
 
     if torch.equal(knots.x, knots.y):
         return knots
     whole = only(knots)
-    t = _grid(whole, dof, leading, compact)
+    t = _grid(whole, dof, leading)
     below, above = _distribution(whole, torch.as_tensor(t), dof, leading)
     known = (below > _RARE) & (above > _RARE**2)
     t, below, above = t[known], below[known], above[known]
@@ -126,12 +126,11 @@ def marginal(knots: Knots, dof: int, leading: int, compact: bool) -> Knots:
     found = np.stack([np.append(0.0, t), np.append(0.0, y), np.append(0.0, slope)])
     found[2, 0] = ratio[0] ** (2 / leading)
     if compact:
-        end = float(knots.x[-1])
-        found = np.concatenate([found, [[end], [end], [1.0]]], 1)
+        found[2, -1] = 1.0
     return concatenated(tuple(found[:, _apart(found)]))
 
 
-def _grid(whole: Monotone, dof: int, leading: int, compact: bool) -> np.ndarray:
+def _grid(whole: Monotone, dof: int, leading: int) -> np.ndarray:
     """‖u_k‖² at which a map of fewer coordinates has knots: also where that of all bends."""
     from scipy.special import chdtri
 
@@ -140,8 +139,7 @@ def _grid(whole: Monotone, dof: int, leading: int, compact: bool) -> np.ndarray:
     middle, top = whole.inverse(levels[:, None], torch.zeros(2, dtype=torch.int64))[0][:, 0].numpy()
     bends = [np.linspace(a, b, 4)[1:] ** 2 for a, b in pairwise(np.sqrt(x))]
     even = np.geomspace(1e-6 * middle, max(top, 10 * middle), _EVEN)
-    t = np.unique(np.concatenate([even, *bends]))
-    return t[t < (1 - 1e-3) * x[-1]] if compact else t
+    return np.unique(np.concatenate([even, *bends]))
 
 
 def _apart(found: np.ndarray) -> np.ndarray:

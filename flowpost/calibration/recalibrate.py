@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from .._weights import check_weights
 from ..head import PosteriorHead
 from ..model import PosteriorModel
 from ..posterior import Posterior
-from .bins import EventBins, posteriors
+from .bins import EventBins, given_values, of_each, posteriors
 from .flow import RecalibratedFlow
-from .knots import KNOTS, effective, line_map, radial_map
+from .knots import IDENTITY, KNOTS, effective, line_map, radial_map
 from .monotone import Knots, Monotone, stacked
 from .radial import MARGINAL_KNOTS, marginal
 
@@ -51,7 +52,8 @@ class Recalibrator(nn.Module):
         radial: Map the radius, by which the base-ordered regions of every credibility hold as many
             labels as stated.
         coordinates: Map each base coordinate before, for heads that are biased or skewed, or of
-            another width in each label.
+            another width in each label. Those of circles and spheres have the radial map alone, for
+            they meet at the antipode.
         bins: Number of bins of equal content of a quantity that `fit` is given, or their inner
             edges.
         smooth: Bins learn from others too: an event so many bins away counts e^(−1/2), one in twice
@@ -97,17 +99,22 @@ class Recalibrator(nn.Module):
             )
         if not (radial or coordinates):
             raise ValueError("Expected radial, coordinates or both; got neither.")
-        if not 0 <= smooth < float("inf"):
+        if not radial and model.head.space.dof == model.head.space.compact_dof:
+            raise ValueError(
+                f"Expected radial=True for {model.head.space!r}; got False. Directions and angles "
+                "have no maps of single coordinates."
+            )
+        if not isinstance(smooth, (float, Real)) or not 0 <= smooth < float("inf"):
             raise ValueError(f"Expected smooth as a number of bins of at least 0; got {smooth!r}.")
         self.model = model
         self.radial, self.coordinates = bool(radial), bool(coordinates)
         self.smooth = float(smooth)
         self.bins = EventBins(model, bins).bins
-        self._allocate(None)
+        self._allocate(EventBins(model, self.bins))
 
-    def _allocate(self, by: Any) -> None:
+    def _allocate(self, events: EventBins) -> None:
         """Buffers of as many bins as there are; none is fitted."""
-        self.events = EventBins(self.model, self.bins, by)
+        self.events = events
         count, space = self.events.count, self.model.head.space
         blocks = len(space.blocks)
         sizes = {
@@ -143,7 +150,7 @@ class Recalibrator(nn.Module):
         options = dict(config)
         by, given = options.pop("by"), options.pop("given")
         new = cls(model, **options)
-        new._allocate(torch.zeros(0) if given else by)
+        new._allocate(EventBins(model, new.bins, torch.zeros(0) if given else by))
         return new
 
     @property
@@ -183,24 +190,25 @@ class Recalibrator(nn.Module):
             ValueError: If shapes do not fit, a value is not finite, or a bin has fewer than 100
                 events.
         """
-        self._allocate(by)
-        z = as_tensor(z, "labels")
-        z = self.model.head._columns(z)
+        events = EventBins(self.model, self.bins, by)
+        z = self.model.head._columns(as_tensor(z, "labels"))
         if not len(z):
             raise ValueError("Expected labels of at least one event; got none.")
         w = torch.ones(len(z), dtype=torch.float64)
         if weight is not None:
             w = check_weights(weight, z[:, 0].double()).detach().double().cpu()
-        values = by if self.events.given and not callable(by) else None
-        u, seen = self._seen(x, z, values, reference, progress)
-        self.events.fit_edges(seen)
-        place = torch.bucketize(seen, self.events.edges.cpu(), right=True)
+        values = by if events.given and not callable(by) else None
+        u, seen = self._seen(events, x, z, values, reference, progress)
+        events.fit_edges(seen)
+        place = torch.bucketize(seen, events.edges, right=True)
         order = torch.randperm(len(u), generator=torch.Generator().manual_seed(seed)).numpy()
         found = [
-            self._fit_bin(u, self._near(k, place, seen) * w, k, order)
-            for k in range(self.events.count)
+            self._fit_bin(u, self._near(k, place, seen) * w, where, order)
+            for k, where in enumerate(events.intervals())
         ]
-        self.held = place.bincount(minlength=self.events.count).to(self.held)
+        # nothing changes before all is well
+        self._allocate(events)
+        self.held = place.bincount(minlength=events.count).to(self.held)
         self.gain = torch.tensor([gain for _, _, gain in found]).to(self.gain)
         for name, index in (("coordinate", 0), ("radius", 1)):
             rows = [row[index] for row in found]
@@ -213,18 +221,15 @@ class Recalibrator(nn.Module):
         return self
 
     def _seen(
-        self, x: Any, z: Tensor, values: Any, reference: Any, progress: bool
+        self, events: EventBins, x: Any, z: Tensor, values: Any, reference: Any, progress: bool
     ) -> tuple[Tensor, Tensor]:
         """Base coordinates (n, d) of the labels, and what is binned (n,), on the CPU in double."""
         found, binned = [], []
-        if values is not None:
-            values = as_tensor(values, "by")
-        options = {"reference": reference, "by": values}
+        options = {"reference": reference, "by": given_values(values)}
 
         def call(x: Any, by: Any = None, **options: Any) -> Posterior:
             q = self.model(x, **options)
-            whole = q if q.batch_shape or by is None else q.expand((len(by),))
-            seen.append(self.events.values(x, whole, by))
+            seen.append(events.values(x, of_each(q, by), by))
             return q
 
         seen: list[Tensor | None] = []
@@ -244,7 +249,7 @@ class Recalibrator(nn.Module):
             return (place == k).double()
         rank = torch.empty_like(seen)
         rank[seen.argsort(stable=True)] = torch.arange(len(seen), dtype=seen.dtype)
-        counts = place.bincount(minlength=self.events.count)
+        counts = place.bincount()
         first = counts.cumsum(0) - counts
         position = place + (rank - first[place] + 0.5) / counts[place]
         distance = torch.maximum(k - position, position - k - 1).clamp_min(0)
@@ -252,10 +257,10 @@ class Recalibrator(nn.Module):
         return torch.where(near > 1e-3, near, 0.0)
 
     def _fit_bin(
-        self, u: Tensor, weight: Tensor, k: int, order: Any
+        self, u: Tensor, weight: Tensor, where: str, order: Any
     ) -> tuple[list[Knots], list[Knots], float]:
         """Maps of coordinates and of the radius of each number of blocks, and the gain."""
-        space, where = self.model.head.space, self.events.intervals()[k]
+        space = self.model.head.space
         count = effective(weight.numpy())
         if count < _FEWEST:
             raise ValueError(
@@ -275,7 +280,9 @@ class Recalibrator(nn.Module):
         gain = 0.0
         if self.coordinates:
             for j in range(space.dof):
-                knots, gained = line_map(u[:, j].numpy(), w, j < space.compact_dof, order)
+                knots, gained = IDENTITY, 0.0
+                if j >= space.compact_dof:
+                    knots, gained = line_map(u[:, j].numpy(), w, order)
                 lines.append(knots)
                 gain += gained
             u = Monotone(stacked([lines], KNOTS))(u, torch.zeros(len(u), dtype=torch.int64))[0]
@@ -303,7 +310,8 @@ class Recalibrator(nn.Module):
         """
         if not self.fitted:
             raise ValueError("Expected a fitted Recalibrator; call fit with held-out events.")
-        q = self.model(x, reference=reference)
+        by = given_values(by)
+        q = of_each(self.model(x, reference=reference), by)
         place = self.events.place(self.events.values(x, q, by), q)
         maps = [self._maps("coordinate"), self._maps("radius")]
         flow = RecalibratedFlow.of(q._flow, place, *maps)

@@ -14,11 +14,11 @@ p = (1 + #{T_b ≥ T}) / (1 + trials). A run that has seen h trials of T_b ≥ T
 with p = h/l, which is as exact.
 
 *Where* it fails is asked of one half of the events: a shallow tree of the context, fitted to the
-out-of-fold terms of the sum, proposes regions. In the other half, each region's sum of the
-differences ln D/(1 − D) within pairs, for a classifier of the first half, has its sign flipped
-pair by pair under the null; its p-value is that of the largest of all regions' sums in units of
-their root mean square, so that it holds for all of them together. The worst region is the one with
-the largest mean difference, less four standard errors.
+out-of-fold terms of the sum, to u and to its length, proposes regions. In the other half, each
+region's sum of the differences ln D/(1 − D) within pairs, for a classifier of the first half, has
+its sign flipped pair by pair under the null; its p-value is that of the largest of all regions'
+sums in units of their root mean square, so that it holds for all of them together. The worst region
+is the one with the largest mean difference, less four standard errors.
 
 Sources: *L-C2ST: Local diagnostics for posterior approximations in simulation-based inference*,
 J. Linhart, A. Gramfort, P. Rodrigues, 2023, https://arxiv.org/abs/2306.03580; *Sequential Monte
@@ -28,6 +28,7 @@ Carlo p-values*, J. Besag, P. Clifford, 1991, https://doi.org/10.1093/biomet/78.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,6 +50,10 @@ _FEWEST = 200
 # sign flips of regions, and values of them at a time
 _FLIPS, _ELEMENTS = 9999, 1 << 22
 _CLIP = 1e-6
+# normal deviates of an event that regions are looked for with, at most
+_FAR = 2.5
+# χ² of the best of all cuts of a feature
+_BEST_CUT = 20.0
 # standard errors that a small region has to be worse by than a large one
 _CAUTION = 4
 
@@ -254,9 +259,21 @@ def _regions(
     first, second = pairs[half], pairs[~half]
     gains = first.gains(_folds(len(first), folds, random))
     least = max(20, round(smallest * len(first)))
-    grown = tree(max_depth=depth, min_samples_leaf=least, random_state=pairs.seed)
-    grown.fit(first.context, gains)
-    inside = [(b, _inside(second.context, names, b)) for b in _nodes(grown.tree_, names)]
+    signs = _signs(first, gains)
+    # what the best cut of columns that say nothing takes off the variance, with some reserve
+    chance = (_BEST_CUT + 2 * signs.shape[1]) / signs.size
+    grown = tree(
+        max_depth=depth,
+        min_samples_leaf=least,
+        min_impurity_decrease=chance,
+        random_state=pairs.seed,
+    )
+    # a tree casts to single precision, in which ranks stay apart
+    ranks = np.stack([np.unique(c, return_inverse=True)[1] for c in first.context.T], 1)
+    grown.fit(ranks, signs)
+    digits = {name: _digits(c) for name, c in zip(names, first.context.T, strict=True)}
+    nodes = _nodes(grown.tree_, names, ranks, first.context)
+    inside = [(b, _inside(second.context, names, b)) for b in nodes]
     found = [(bounds, rows) for bounds, rows in inside if rows.any()]
     odds, partner = second.log_odds(first.trained())
     # its sign flips where a pair is swapped
@@ -268,8 +285,20 @@ def _regions(
         error = float(np.sqrt((terms[:, i] ** 2).sum())) / count
         part = coverage(torch.as_tensor(second.u[rows]))
         share, mean = count / len(second), float(terms[:, i].sum()) / count
-        regions.append(LocalRegion(bounds, count, share, float(p[i]), mean, error, part))
+        shown = {name: digits[name] for name in bounds}
+        regions.append(LocalRegion(bounds, count, share, float(p[i]), mean, error, part, shown))
     return sorted(regions, key=lambda r: _CAUTION * r.error - r.difference)
+
+
+def _signs(pairs: _Pairs, gains: np.ndarray) -> np.ndarray:
+    """What a region may differ in (N, d + 2): gains, each coordinate, and ‖u‖² as a normal."""
+    d = pairs.u.shape[1]
+    # the cube root of χ² over d is about normal (E. Wilson, M. Hilferty, 1931)
+    root = np.cbrt((pairs.u**2).sum(1) / d)
+    radius = (root - 1 + 2 / (9 * d)) / np.sqrt(2 / (9 * d))
+    columns = [gains / max(gains.std(), 1e-12), *pairs.u.T, radius]
+    # outliers would take all cuts
+    return np.stack(columns, 1).clip(-_FAR, _FAR)
 
 
 def _largest_sums(terms: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -285,18 +314,30 @@ def _largest_sums(terms: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return (1 + above) / (1 + _FLIPS)
 
 
-def _nodes(tree: Any, names: tuple[str, ...]) -> Iterator[dict[str, tuple[float, float]]]:
-    """Bounds of every node of a tree."""
-    waiting: list[tuple[int, dict[str, tuple[float, float]]]] = [(0, {})]
+def _digits(values: np.ndarray) -> int:
+    """Significant digits of numbers of which a thousandth of their range matters."""
+    span, most = float(np.ptp(values)), float(np.abs(values).max())
+    return 4 if span == 0 else max(4, math.floor(math.log10(most / span)) + 4)
+
+
+def _nodes(
+    tree: Any, names: tuple[str, ...], ranks: np.ndarray, context: np.ndarray
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """Bounds of every node of a tree of the ranks of features, halfway between its events."""
+    waiting: list[tuple[int, dict[str, tuple[float, float]], np.ndarray]]
+    waiting = [(0, {}, np.arange(len(ranks)))]
     while waiting:
-        node, bounds = waiting.pop()
+        node, bounds, rows = waiting.pop()
         yield bounds
         if tree.children_left[node] < 0:
             continue
-        name, cut = names[tree.feature[node]], float(tree.threshold[node])
+        column = int(tree.feature[node])
+        below = ranks[rows, column] <= tree.threshold[node]
+        name, left, right = names[column], rows[below], rows[~below]
+        cut = float(context[left, column].max() / 2 + context[right, column].min() / 2)
         low, high = bounds.get(name, (-np.inf, np.inf))
-        waiting.append((int(tree.children_left[node]), {**bounds, name: (low, cut)}))
-        waiting.append((int(tree.children_right[node]), {**bounds, name: (cut, high)}))
+        waiting.append((int(tree.children_left[node]), {**bounds, name: (low, cut)}, left))
+        waiting.append((int(tree.children_right[node]), {**bounds, name: (cut, high)}, right))
 
 
 def _inside(

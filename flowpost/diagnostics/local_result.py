@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .results import Coverage
+from .results import CONSISTENT, Coverage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LocalCoverage", "LocalRegion"]
+__all__ = ["LocalCoverage", "LocalRegion", "told_apart"]
 
 _ALARM = 0.01
 
@@ -30,6 +31,7 @@ class LocalRegion:
         difference: Mean difference of the log-odds within pairs, in nats; 0 if exact.
         error: Its standard error.
         coverage: Base-ordered coverage of these events.
+        digits: Significant digits of the ends in words, by name; 4 where there are none.
     """
 
     bounds: dict[str, tuple[float, float]]
@@ -39,11 +41,14 @@ class LocalRegion:
     difference: float
     error: float
     coverage: Coverage
+    digits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The region in words: `"x0 > 1.02 and x1 ≤ 0.3"`."""
-        parts = [_range(name, *ends) for name, ends in self.bounds.items()]
+        parts = [
+            _range(name, *ends, self.digits.get(name, 4)) for name, ends in self.bounds.items()
+        ]
         return " and ".join(parts) or "all events"
 
     def __str__(self) -> str:
@@ -90,10 +95,17 @@ class LocalCoverage:
             parts = [r for r in self.failing if r.bounds]
             worst = parts[0] if parts else self.failing[0]
             where = f"at {worst.name}" if parts else "on average"
-            if len(self.failing) == len(self.regions):
+            if len(self.regions) == 1:
+                where = "on average, nowhere more than elsewhere"
+            if len(self.failing) == len(self.regions) > 1:
                 worst = self.failing[0]
+                if worst.coverage.verdict() == CONSISTENT and parts:
+                    worst = parts[0]
                 where = f"everywhere, most at {worst.name}" if worst.bounds else "everywhere"
-            return f"fails {where}: {worst.coverage.verdict()}"
+            found = worst.coverage.verdict()
+            if found == CONSISTENT:
+                found = "coverage is right there, and the shape or correlation is not"
+            return f"fails {where}: {found}"
         if self.p_value < _ALARM:
             return "not exact for every event, in no region that could be named"
         return "no failure found at any context"
@@ -121,7 +133,17 @@ class LocalCoverage:
         return plot_local_coverage(self, ax=ax)
 
 
-def _range(name: str, low: float, high: float) -> str:
+def told_apart(values: Sequence[float], digits: int = 4) -> list[str]:
+    """Numbers with so many significant digits, or as many more as tell different ones apart."""
+    for count in range(digits, 18):
+        found = [f"{v:.{count}g}" for v in values]
+        if len(set(found)) == len(set(values)):
+            break
+    return found
+
+
+def _range(name: str, low: float, high: float, digits: int) -> str:
+    bottom, top = told_apart([low, high], digits)
     if math.isinf(low):
-        return f"{name} ≤ {high:.4g}"
-    return f"{name} > {low:.4g}" if math.isinf(high) else f"{low:.4g} < {name} ≤ {high:.4g}"
+        return f"{name} ≤ {top}"
+    return f"{name} > {bottom}" if math.isinf(high) else f"{bottom} < {name} ≤ {top}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Coverage", "LevelCoverage"]
 
 _TABLE = (0.5, 0.68, 0.9, 0.95, 0.99)
+CONSISTENT = "consistent with the nominal coverage"
 _ALARM = 0.01
 # events expected beyond a credibility, and σ of excess and lack, that tell the shape of coverage;
 # the largest of all credibilities is often 2.5 σ by chance
@@ -88,7 +89,7 @@ class LevelCoverage:
         The alarm is raised at 1 % for the two tests together, 0.5 % for each.
         """
         if min(1.0, 2 * min(self.ks_pvalue, self.ad_pvalue)) >= _ALARM:
-            return "consistent with the nominal coverage"
+            return CONSISTENT
         if min(size for _, size in _extremes(self)) > _CROSSING:
             return _shape(self)
         excess = (self.mean_level - 0.5) * math.sqrt(12 * self.effective_count)

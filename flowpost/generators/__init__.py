@@ -9,10 +9,9 @@ from .energy import energy_score, fit_energy
 from .fit import distill, fit
 from .groups import GroupSums
 from .library import Library
-from .module import GeneratorEpoch, GeneratorHistory
-from .rounds import SamplingEpoch, SamplingHistory
 from .student import Student
 from .teacher import Teacher
+from .training import GeneratorEpoch, GeneratorHistory
 from .two_step import TwoStep
 from .weights import WeightedDraws, effective_size, weighted_draws
 
@@ -24,8 +23,6 @@ __all__ = [
     "Library",
     "NoiseNetwork",
     "Sampler",
-    "SamplingEpoch",
-    "SamplingHistory",
     "Student",
     "Teacher",
     "TwoStep",

@@ -20,7 +20,7 @@ from .._checks import as_tensor, check_finite, check_positive_int, check_shape
 from ..encoders import Tabular
 from ..spaces import Space
 
-__all__ = ["NoiseNetwork", "Sampler", "check_events"]
+__all__ = ["NoiseNetwork", "Sampler", "check_labelled"]
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class Sampler(Protocol):
         """Data, one event for each of the labels (N, D)."""
 
 
-def check_events(x: Any, z: Any, space: Space | None = None) -> tuple[Tensor, Tensor]:
+def check_labelled(x: Any, z: Any, space: Space | None = None) -> tuple[Tensor, Tensor]:
     """Return data (N, …) and labels (N, D) of the same events; labels (N,) become (N, 1).
 
     Raises:
@@ -133,7 +133,7 @@ class NoiseNetwork(nn.Module):
         Raises:
             ValueError: If they do not.
         """
-        x, z = check_events(x, z, self.space)
+        x, z = check_labelled(x, z, self.space)
         check_shape(x, ("N", self.data), "x", "Set NoiseNetwork(data=…) to its columns.")
         return x, z
 

@@ -20,6 +20,7 @@ https://arxiv.org/abs/1704.00028, eq. 3 and algorithm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -32,7 +33,8 @@ from ..encoders import Squash
 from ..spaces import Space
 from .base import NoiseNetwork
 from .energy import View, Views, held_score, prepared
-from .rounds import Learner, SamplingHistory, train
+from .rounds import Learner, train
+from .training import GeneratorHistory
 
 __all__ = ["Critic", "fit_critic", "gradient_penalty"]
 
@@ -171,7 +173,7 @@ def fit_critic(
     seed: int = 0,
     gradient_clip: float | None = None,
     progress: bool = True,
-) -> SamplingHistory:
+) -> GeneratorHistory:
     """Train a sampling-only generator against a Wasserstein critic; it keeps its best weights.
 
     Weights are averaged along the training, and those of the lowest energy score on held-out events
@@ -181,11 +183,11 @@ def fit_critic(
         network: The generator; its scales are set by the training part, unless they were before.
         x: Data (N, F).
         z: Labels (N, D).
-        val: A fraction of the events, or held-out events (x, z).
+        val: Share of the events that is held out, or held-out events (x, z) of their own.
         critic: The critic, of as many inputs as there are columns in data and views; by default one
             of the generator's size, initialised by the seed.
         views: Functions of data that the critic is shown beside the data themselves.
-        every: Steps of the critic for one of the generator.
+        every: Steps of the critic for one of the generator; at most all of the training.
         penalty: λ of the gradient penalty; the source takes 0.1 for its toy problems and 10 for
             images. Too large a one leaves the critic too slow for the generator.
         epochs: Passes over the events, by the critic.
@@ -200,11 +202,14 @@ def fit_critic(
         Losses of every epoch.
 
     Raises:
-        ValueError: If data or labels do not fit or are not finite, or the training diverged.
+        ValueError: If data or labels do not fit or are not finite, the generator would never step,
+            or the training diverged.
         ImportError: If Lightning is not installed.
     """
     check_positive_int(every, "every")
-    if not penalty >= 0:
+    epochs = check_positive_int(epochs, "epochs")
+    batch_size = check_positive_int(batch_size, "batch_size", minimum=2)
+    if not isinstance(penalty, (int, float)) or not 0 <= penalty < math.inf:
         raise ValueError(f"Expected penalty of at least 0; got {penalty!r}.")
     own, held = prepared(network, x, z, val, seed)
     seen = Views(views, own[0])
@@ -219,9 +224,14 @@ def fit_critic(
             f"Expected a critic of {seen.columns} inputs, the columns of data and views; got one "
             f"of {critic.inputs}. Set Critic(inputs={seen.columns})."
         )
+    steps = epochs * (len(own[0]) // min(batch_size, len(own[0])))
+    if every > steps:
+        raise ValueError(
+            f"Expected every of at most {steps}, the steps of the critic in all epochs; got "
+            f"{every}: the generator would never step. Lower every, or train longer."
+        )
     critic.fit_scale(own[1])
     return train(
-        network,
         _Adversary(network, critic, seen, every, penalty, (lr, critic_lr)),
         own,
         held_score(network, seen, *held, seed),

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from .._checks import as_tensor, check_finite, check_positive_int, check_shape
 from .base import NoiseNetwork
-from .rounds import Learner, SamplingHistory, divided, train
+from .rounds import Learner, train
+from .training import GeneratorHistory, divided
 
 __all__ = ["Views", "energy_score", "fit_energy", "held_score"]
 
@@ -166,7 +167,7 @@ def fit_energy(
     seed: int = 0,
     gradient_clip: float | None = 5.0,
     progress: bool = True,
-) -> SamplingHistory:
+) -> GeneratorHistory:
     """Train a sampling-only generator with the energy score; it keeps its best weights.
 
     Weights are averaged along the training, and those of the lowest energy score on held-out events
@@ -176,7 +177,7 @@ def fit_energy(
         network: The generator; its scales are set by the training part, unless they were before.
         x: Data (N, F), in the coordinates in which distances are to count.
         z: Labels (N, D).
-        val: A fraction of the events, or held-out events (x, z).
+        val: Share of the events that is held out, or held-out events (x, z) of their own.
         views: Functions of data whose energy scores are added to that of the data themselves, such
             as sums of columns.
         draws: Draws S at each event's label, at least two.
@@ -199,7 +200,6 @@ def fit_energy(
     own, held = prepared(network, x, z, val, seed)
     seen = Views(views, own[0])
     return train(
-        network,
         _Energy(network, seen, draws, lr, weight_decay),
         own,
         held_score(network, seen, *held, seed),
@@ -221,9 +221,8 @@ def prepared(
     """
     if not isinstance(network, NoiseNetwork):
         raise ValueError(f"Expected a NoiseNetwork; got {type(network).__name__}.")
-    a, b, c, d = divided(*network.check(x, z), val, seed)
-    c, d = network.check(c, d)
+    own, held = divided(network.check(x, z), val, seed, network.check)
     if not network.fitted:
-        network.fit_scale(a, b)
-    a, b, c, d = (t.detach().to(network.loc) for t in (a, b, c, d))
+        network.fit_scale(*own)
+    a, b, c, d = (t.detach().to(network.loc) for t in (*own, *held))
     return (a, b), (c, d)

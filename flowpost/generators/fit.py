@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_tensor, check_positive_int, require
-from .._lightning import forked, quiet, trainer_of
+from .._checks import as_tensor, check_positive_int
 from .._weights import check_weights, weighted_mean
 from ..likelihood import Likelihood
-from .module import (
-    Events,
-    GeneratorEpoch,
-    GeneratorHistory,
-    Objective,
-    Rows,
-    module_class,
-    validation,
-)
+from .module import Objective, module_class
 from .student import Student
+from .training import Batches, GeneratorHistory, Rows, divided, run
 from .two_step import TwoStep
 
 __all__ = ["distill", "fit"]
@@ -48,7 +39,7 @@ def fit(
     z: Any,
     weight: Any = None,
     *,
-    val: float = 0.1,
+    val: Any = 0.1,
     epochs: int = 20,
     batch_size: int = 512,
     lr: float = 2e-3,
@@ -70,7 +61,8 @@ def fit(
         x: Data (N, F).
         z: Labels (N, D).
         weight: Weights of events (N,).
-        val: Share of the events that is held out.
+        val: Share of the events that is held out, or held-out events (x, z) of their own, all of
+            weight one.
         epochs: Passes over the events.
         batch_size: Events of a step.
         lr: Peak learning rate.
@@ -95,15 +87,15 @@ def fit(
             "trained by distill."
         )
     rows = _rows(model, x, z, weight)
-    train, held = _divided(rows, val, batch_size, seed)
+    train, held = _batches(model, rows, val, batch_size, seed)
     if not bool(model.fitted):
-        model.fit_scale(train.x, train.z)
+        model.fit_scale(train.rows[0], train.rows[1])
 
     def objective(batch: Rows, generator: torch.Generator | None) -> Tensor:
         data, labels, share = batch
         return weighted_mean(-model(labels).log_prob(data, generator), share)
 
-    options = _options("fit", rows, model, epochs, batch_size, lr, weight_decay, seed)
+    options = _options("fit", (train, held), model, epochs, batch_size, lr, weight_decay, seed)
     learned = [p for p in model.parameters() if p.requires_grad]
     return _run(
         model, learned, objective, train, held, options, gradient_clip, checkpoint, progress
@@ -117,7 +109,7 @@ def distill(
     weight: Any = None,
     *,
     terms: Mapping[str, float] | None = None,
-    val: float = 0.1,
+    val: Any = 0.1,
     epochs: int = 20,
     batch_size: int = 512,
     lr: float = 2e-3,
@@ -136,7 +128,8 @@ def distill(
         weight: Weights of events (N,), for the share of each batch in the validation.
         terms: Weights of the losses "data", "noise", "parameters" and "kl" (per column); those left
             out have 1, 1, 0 and 1.
-        val: Share of the events that is held out.
+        val: Share of the events that is held out, or held-out events (x, z) of their own, all of
+            weight one.
         epochs: Passes over the events.
         batch_size: Events of a step.
         lr: Peak learning rate.
@@ -154,26 +147,22 @@ def distill(
             negative, or data do not fit.
         ImportError: If Lightning is not installed.
     """
-    own = student.second if isinstance(student, TwoStep) else student
-    if not isinstance(own, Student):
-        raise ValueError(
-            f"Expected a Student, or a TwoStep with one; got {type(own).__name__}. Try "
-            "Student(teacher) or two_step.student()."
-        )
-    if not bool(own.teacher.fitted):
-        raise ValueError("Expected a trained teacher; got one without scales. Fit it first.")
+    own = _students(student)
+    columns = sum(one.flow.columns for one in own)
     chosen = _chosen(terms)
     rows = _rows(student, x, z, weight)
-    train, held = _divided(rows, val, batch_size, seed)
+    train, held = _batches(student, rows, val, batch_size, seed)
 
     def objective(batch: Rows, generator: torch.Generator | None) -> Tensor:
         found = student.distillation(batch[0], batch[1], generator)
-        found["kl"] = found["kl"] / own.flow.columns
+        found["kl"] = found["kl"] / columns
         return torch.stack([s * found[name] for name, s in chosen.items() if s]).sum()
 
-    options = _options("distill", rows, student, epochs, batch_size, lr, weight_decay, seed)
+    options = _options(
+        "distill", (train, held), student, epochs, batch_size, lr, weight_decay, seed
+    )
     options["terms"] = chosen
-    learned = own.learned()
+    learned = [p for one in own for p in one.learned()]
     kept = {id(p) for p in learned}
     others = [p for p in student.parameters() if id(p) not in kept and p.requires_grad]
     for parameter in others:
@@ -187,6 +176,19 @@ def distill(
             parameter.requires_grad_(True)
 
 
+def _students(model: Any) -> list[Student]:
+    steps = (model.first, model.second) if isinstance(model, TwoStep) else (model,)
+    if not isinstance(steps[-1], Student):
+        raise ValueError(
+            f"Expected a Student, or a TwoStep with one; got {type(steps[-1]).__name__}. Try "
+            "Student(teacher) or two_step.student()."
+        )
+    found = [one for one in steps if isinstance(one, Student)]
+    if not all(bool(one.teacher.fitted) for one in found):
+        raise ValueError("Expected a trained teacher; got one without scales. Fit it first.")
+    return found
+
+
 def _chosen(terms: Mapping[str, float] | None) -> dict[str, float]:
     chosen = {**_TERMS, **(terms or {})}
     unknown = set(chosen) - set(_TERMS)
@@ -198,14 +200,14 @@ def _chosen(terms: Mapping[str, float] | None) -> dict[str, float]:
     return chosen
 
 
-def _rows(model: Likelihood, x: Any, z: Any, weight: Any) -> Rows:
+def _rows(model: Likelihood, x: Any, z: Any, weight: Any, least: int = 4) -> Rows:
     like = model._like
     x = as_tensor(x, "x", like=like).to(like.dtype)
     x = x[:, None] if x.ndim == 1 else x
     z = model._labels(as_tensor(z, "labels", like=like)).to(like.dtype)
-    if len(x) != len(z) or len(x) < 4:
+    if len(x) != len(z) or len(x) < least:
         raise ValueError(
-            f"Expected data and labels of the same events, at least four; got {len(x)} and "
+            f"Expected data and labels of the same events, at least {least}; got {len(x)} and "
             f"{len(z)}."
         )
     if isinstance(model, TwoStep):
@@ -214,23 +216,17 @@ def _rows(model: Likelihood, x: Any, z: Any, weight: Any) -> Rows:
     return x, z, shares if weight is None else check_weights(weight, shares)
 
 
-def _divided(rows: Rows, val: float, size: int, seed: int) -> tuple[Events, Events]:
+def _batches(
+    model: Likelihood, rows: Rows, val: Any, size: int, seed: int
+) -> tuple[Batches, Batches]:
     size = check_positive_int(size, "batch_size", minimum=2)
-    n = len(rows[0])
-    count = round(n * val) if 0 < val < 1 else 0
-    if count < 1 or n - count < 2:
-        raise ValueError(
-            f"Expected val as a share that leaves events in either part; got {val!r} of {n} events."
-        )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(rows[0].device)
-    x, z, weight = (t[order] for t in rows)
-    train = Events(x[count:], z[count:], weight[count:], size, seed)
-    return train, Events(x[:count], z[:count], weight[:count], 4 * size, seed)
+    train, held = divided(rows, val, seed, lambda x, z: _rows(model, x, z, None, least=1))
+    return Batches(train, size, seed), Batches(held, 4 * size, seed)
 
 
 def _options(
     name: str,
-    rows: Rows,
+    parts: tuple[Batches, Batches],
     model: nn.Module,
     epochs: int,
     batch_size: int,
@@ -245,7 +241,7 @@ def _options(
         "lr": lr,
         "weight_decay": weight_decay,
         "seed": seed,
-        "events": [float(t.double().sum()) for t in rows],
+        "events": [float(t.double().sum()) for part in parts for t in part.rows],
         "network": {k: list(v.shape) for k, v in model.state_dict().items()},
     }
 
@@ -254,49 +250,27 @@ def _run(
     network: nn.Module,
     learned: list[Any],
     objective: Objective,
-    train: Events,
-    held: Events,
+    train: Batches,
+    held: Batches,
     options: dict[str, Any],
     gradient_clip: float | None,
     checkpoint: str | os.PathLike[str] | None,
     progress: bool,
 ) -> GeneratorHistory:
-    require("lightning.pytorch", "train")
     module = module_class()(network, learned, objective, train, held, options)
     resumed: dict[str, Any] = {}
     if checkpoint is not None and Path(checkpoint).exists():
         module.take(_read(checkpoint, options))
         resumed = {"ckpt_path": str(checkpoint), "weights_only": True}
-    home = train.x.device
-    with forked(), quiet():
-        trainer = trainer_of(
-            options["epochs"],
-            gradient_clip=gradient_clip,
-            precision="64-true" if train.x.dtype == torch.float64 else "32-true",
-            progress=progress,
-            checkpoint=checkpoint,
-            callbacks=[validation()],
-        )
-        network.train()
-        try:
-            if len(module.rows) < options["epochs"]:
-                trainer.fit(module, train, **resumed)
-        finally:
-            module.restore_best()
-            network.to(home).eval()
-    if module.best_state is None:
-        raise module.failure or ValueError(
-            "Expected a finite validation loss; got none in any epoch. Lower lr, and look for "
-            "extreme data and weights."
-        )
-    if module.failure is not None:
-        warnings.warn(
-            f"The training stopped in epoch {len(module.rows) + 1} ({module.failure}); the "
-            f"generator has the weights of epoch {module.best_epoch}.",
-            stacklevel=3,
-        )
-    rows = tuple(GeneratorEpoch(**row) for row in module.rows)
-    return GeneratorHistory(rows, next(r for r in rows if r.epoch == module.best_epoch))
+    return run(
+        module,
+        options["epochs"],
+        score="validation loss",
+        resumed=resumed,
+        gradient_clip=gradient_clip,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
 
 
 def _read(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any]:

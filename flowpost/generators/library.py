@@ -24,7 +24,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from .._checks import as_tensor, check_finite, check_positive_int, check_shape
-from .base import check_events
+from .base import check_labelled
 
 __all__ = ["Library"]
 
@@ -56,7 +56,7 @@ class Library:
     """
 
     def __init__(self, x: Any, z: Any, k: int = 1, *, interpolate: bool = False) -> None:
-        self.x, z = check_events(x, z)
+        self.x, z = check_labelled(x, z)
         self.k = check_positive_int(k, "k")
         self.interpolate = bool(interpolate)
         if self.k > len(self.x):

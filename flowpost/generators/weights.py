@@ -38,8 +38,16 @@ def effective_size(log_weight: Any, dim: int = 0) -> Tensor:
 
     Returns:
         Between 1/S and 1, of the shape that is left; 0 where all weights are.
+
+    Raises:
+        ValueError: If there are no draws, or no such dimension.
     """
     log_weight = as_tensor(log_weight, "log_weight")
+    if not -log_weight.ndim <= dim < log_weight.ndim or not log_weight.shape[dim]:
+        raise ValueError(
+            f"Expected log_weight with at least one draw along dimension {dim}; got shape "
+            f"{tuple(log_weight.shape)}."
+        )
     largest = log_weight.amax(dim, keepdim=True)
     weight = (log_weight - torch.where(largest > -math.inf, largest, 0.0)).exp()
     square = weight.square().sum(dim)
@@ -107,7 +115,7 @@ class WeightedDraws:
         The same one may come several times; it does no good to take more than the effective number.
         """
         draws = check_positive_int(draws, "draws")
-        flat = self.weight.flatten(1).T
+        flat = self.weight.reshape(len(self.weight), -1).T
         index = torch.multinomial(flat, draws, replacement=True, generator=generator).T
         index = index.reshape(draws, *self.log_weight.shape[1:], 1)
         return self.x.gather(0, index.expand(*index.shape[:-1], self.x.shape[-1]))

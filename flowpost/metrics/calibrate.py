@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._checks import require
+from .ranks import effective_count
 
 __all__ = ["METHODS", "Linear", "Steps", "calibrate", "log_loss"]
 
@@ -150,7 +151,7 @@ def _isotonic(scores: np.ndarray, target: np.ndarray, weight: np.ndarray) -> Ste
     fit = require("sklearn.isotonic", "diagnostics").IsotonicRegression(out_of_bounds="clip")
     fit.fit(scores, target, sample_weight=weight)
     # so many events cannot show a probability closer to 0 or 1
-    edge = 1 / (weight.sum() ** 2 / np.square(weight).sum() + 2)
+    edge = 1 / (effective_count(weight) + 2)
     return Steps(fit.X_thresholds_, np.clip(fit.y_thresholds_, edge, 1 - edge))
 
 

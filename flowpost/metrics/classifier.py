@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from .calibrate import METHODS, Calibration, calibrate, log_loss
 from .classifier_result import ClassifierScore, ClassifierTest
 from .feature_sets import FeatureSet, feature_sets
 from .learners import Trained, named_classifiers, train
-from .ranks import RankTest, event_weights, permutation_pvalues
+from .ranks import RankTest, effective_count, event_weights, permutation_pvalues
 from .ratio import density_ratio
 
 __all__ = ["classifier_test"]
@@ -142,7 +143,7 @@ def classifier_test(
         ratio=density_ratio(chosen.odds[n:], sample.pair[1], chosen.weights_of),
         count=count,
         test_count=(n, len(tested[1])),
-        effective_count=(_effective(sample.pair[0]), _effective(sample.pair[1])),
+        effective_count=(effective_count(sample.pair[0]), effective_count(sample.pair[1])),
         weight_x=torch.as_tensor(_mean_one(sample.pair[0])),
         weight_y=torch.as_tensor(_mean_one(sample.pair[1])),
         permutations=permutations,
@@ -158,7 +159,7 @@ def _split(
     count: tuple[int, int], test: float, rng: np.random.Generator, paired: bool
 ) -> tuple[Pair, Pair]:
     """Rows of the two samples that are tested, and the others."""
-    if not 0 < test < 1:
+    if not isinstance(test, Real) or not 0 < test < 1:
         raise ValueError(f"Expected test as a share between 0 and 1; got {test!r}.")
     if paired and count[0] != count[1]:
         raise ValueError(
@@ -199,10 +200,6 @@ def _comparable(weights: Pair, others: Pair, tested: Pair) -> Pair:
                 )
     mean_x, mean_y = (w[r].mean() for w, r in zip(weights, others, strict=True))
     return weights[0], weights[1] * 4.0 ** round(math.log(mean_x / mean_y, 4))
-
-
-def _effective(weight: np.ndarray) -> float:
-    return float(weight.sum() ** 2 / np.square(weight).sum())
 
 
 def _mean_one(weight: np.ndarray) -> np.ndarray:

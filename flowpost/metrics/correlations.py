@@ -16,8 +16,8 @@ Correlations of heavy-tailed statistics hang on a few events. Ranks among the po
 monotone map for both samples, do not: Spearman's correlation where the distributions agree.
 
 Reference:
-    Studentized permutation tests for correlations (C. DiCiccio, J. Romano, 2017)
-    https://doi.org/10.1080/01621459.2016.1202117
+    Robust Permutation Tests for Correlation and Regression Coefficients (C. DiCiccio, J. Romano,
+    2017) https://doi.org/10.1080/01621459.2016.1202117
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from .._checks import check_positive_int
 from .._progress import progress_bar
 from .multiple import largest_statistic
-from .ranks import _labellings, event_weights
+from .ranks import event_weights, labellings
 from .statistics import Statistics, statistic_values
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class CorrelationTest:
         first, second = np.triu_indices(len(self.names), 1)
         low = self.p_adjusted[first, second]
         if low.min() > _ALARM:
-            return f"no correlation differs (p = {self.p_value:.3g} for all pairs)"
+            return f"no correlation differs at 1 % (p = {self.p_value:.3g} for all pairs)"
         off = [
             f"({self.names[j]}, {self.names[k]})"
             for j, k, p in zip(first, second, low, strict=True)
@@ -181,7 +181,7 @@ def compare_correlations(
     pairs = np.triu_indices(len(names), 1)
     found = []
     with progress_bar(1 + permutations + bootstraps, "correlations", progress) as bar:
-        for block in _labellings(len(values), len(x), permutations, rng, paired=False):
+        for block in labellings(len(values), len(x), permutations, rng, paired=False):
             for label in block:
                 found.append(_studentised(values, weights, label)[pairs])
             bar.update(len(block))

@@ -24,7 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from .._checks import as_tensor, check_finite, check_positive_int
 from .._progress import progress_bar
 from .learners import named_classifiers, train
 from .ranks import RankTest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["CrossTable", "cross_table"]
 
@@ -99,6 +103,12 @@ class CrossTable:
     def __repr__(self) -> str:
         return f"CrossTable(loss={self.loss:.4f}, p_value={self.p_value:.3g})"
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the four areas with their errors."""
+        from ..plots.generative import plot_cross_table
+
+        return plot_cross_table(self, ax)
+
 
 def cross_table(
     true: tuple[Any, Any],
@@ -138,7 +148,7 @@ def cross_table(
     name, make = next(iter(makers.items()))
     permutations = check_positive_int(permutations, "permutations", minimum=0)
     check_positive_int(retrainings, "retrainings", minimum=2)
-    if not 0 < test < 1:
+    if not isinstance(test, Real) or not 0 < test < 1:
         raise ValueError(f"Expected test as a share between 0 and 1; got {test!r}.")
     samples = [_types(pair, kind) for pair, kind in zip((true, generated), _KINDS, strict=True)]
     if len({part.shape[1] for pair in samples for part in pair}) > 1:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .._checks import as_tensor, check_finite, check_shape
 
-__all__ = ["as_samples", "safe_root", "symmetric_kl"]
+__all__ = ["as_samples", "checked_weights", "safe_root", "symmetric_kl"]
 
 
 def symmetric_kl(x: Any, y: Any, weight_x: Any = None, weight_y: Any = None) -> Tensor:
@@ -126,15 +126,34 @@ def _weights(weight: Any, sample: Tensor, name: str, signed: bool | None) -> Ten
     if weight is None:
         return None
     weight = as_tensor(weight, name, like=sample).to(sample)
-    check_shape(weight, (len(sample),), name, "One weight an event.")
+    remedy = (
+        "Only energy_distance takes negative weights."
+        if signed is None
+        else "Set signed_weights=True where negative weights are meant."
+    )
+    return checked_weights(weight, len(sample), name, remedy, signed=bool(signed))
+
+
+def checked_weights(
+    weight: Tensor, count: int, name: str, remedy: str, *, signed: bool = False
+) -> Tensor:
+    """Return event weights (N,) as they are.
+
+    Arguments:
+        weight: Weights.
+        count: N.
+        name: What they are called in an error.
+        remedy: What to do about negative weights.
+        signed: Allow them.
+
+    Raises:
+        ValueError: If the shape differs, one is not finite or negative (unless signed), or their
+            sum is not positive.
+    """
+    check_shape(weight, (count,), name, "One weight an event.")
     check_finite(weight, name)
     if not signed and bool((weight < 0).any()):
         row = int((weight < 0).nonzero()[0, 0])
-        remedy = (
-            "Only energy_distance takes negative weights."
-            if signed is None
-            else "Set signed_weights=True where negative weights are meant."
-        )
         raise ValueError(
             f"Expected {name} of at least 0; got {weight[row].item():g} in row {row}. {remedy}"
         )

@@ -64,12 +64,22 @@ def feature_sets(x: Any, y: Any, features: Mapping[str, Any] | None) -> list[Fea
             f"Expected features as a dict of sets by name; got {type(features).__name__}. One set "
             'is written {"name": function}.'
         )
-    if min(len(x), len(y)) < FEWEST:
+    count = _count(x, "x"), _count(y, "y")
+    if min(count) < FEWEST:
         raise ValueError(
-            f"Expected at least {FEWEST} events of each sample; got {len(x)} and {len(y)}. They "
-            "are divided into training, calibration and test: simulate more."
+            f"Expected at least {FEWEST} events of each sample; got {count[0]} and {count[1]}. "
+            "They are divided into training, calibration and test: simulate more."
         )
     return [_feature_set(str(name), given, x, y) for name, given in features.items()]
+
+
+def _count(events: Any, name: str) -> int:
+    try:
+        return len(events)
+    except TypeError:
+        raise ValueError(
+            f"Expected {name} of shape (N, D), one event a row; got {type(events).__name__}."
+        ) from None
 
 
 def _feature_set(name: str, given: Any, x: Any, y: Any) -> FeatureSet:

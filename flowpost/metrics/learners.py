@@ -40,6 +40,10 @@ class Scaler:
     """
 
     def __init__(self, values: np.ndarray) -> None:
+        # squares of values beyond 1e154 are infinite
+        largest = np.abs(values).max(0)
+        self.unit = np.where(largest > 0, largest, 1.0)
+        values = values / self.unit
         low, self.loc, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
         middle, spread = (high - low) / 1.349, values.std(0)
         scale = np.where(middle > 0.1 * spread, middle, spread)
@@ -47,7 +51,8 @@ class Scaler:
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """Return scaled features (N, F), a monotone function of each column."""
-        u = (values - self.loc) / self.scale
+        with np.errstate(over="ignore"):
+            u = np.nan_to_num((values / self.unit - self.loc) / self.scale)
         size = np.abs(u)
         far = np.sign(u) * _LINEAR * (1 + np.log(np.maximum(size, _LINEAR) / _LINEAR))
         return np.where(size <= _LINEAR, u, far)

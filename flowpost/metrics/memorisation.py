@@ -116,7 +116,7 @@ class MemorisationTest:
             f"  nearer than held-out events  AUC {self.auc:.4f}, p {self.p_close:.3g}\n"
             f"  nearest is a training event  {self.share:.4f}, expected {self.expected:.4f} ± "
             f"{self.share_error:.4f}, p {self.p_value:.3g}\n"
-            f"  copies  generated {100 * self.copies:.3g} %, held-out "
+            f"  exact copies  generated {100 * self.copies:.3g} %, held-out "
             f"{100 * self.copies_held_out:.3g} %\n"
             f"  => {self.verdict()}"
         )
@@ -161,7 +161,8 @@ def memorisation(
         Distances, shares and p-values; print it.
 
     Raises:
-        ValueError: If there are fewer than 20 events of a kind, columns differ, a scale is not
+        ValueError: If there are fewer than 20 events of a kind, held-out events are the training
+            events, columns differ, a scale is not
             positive or a value is not finite.
 
     Example:
@@ -184,6 +185,11 @@ def memorisation(
         )
     made, trained, held = (p.to(parts[1].device) for p in parts)
     unit = _unit(scale, torch.cat([trained, held]))
+    if torch.equal(trained, held):
+        raise ValueError(
+            "Expected held-out events that did not train the generator; got the training events "
+            "themselves. Keep some events back before the training."
+        )
     made, trained, held = (p / unit for p in (made, trained, held))
     rng = np.random.default_rng(seed)
     pooled = torch.cat([trained, held])

@@ -37,8 +37,16 @@ from typing import Any
 import numpy as np
 
 from .._checks import as_tensor, check_finite, check_shape
+from .divergence import checked_weights
 
-__all__ = ["RankTest", "auc", "permutation_pvalues"]
+__all__ = [
+    "RankTest",
+    "auc",
+    "effective_count",
+    "event_weights",
+    "labellings",
+    "permutation_pvalues",
+]
 
 _CHUNK = 1 << 21
 # T and T_b that are equal in exact arithmetic differ by rounding
@@ -131,20 +139,13 @@ def event_weights(weight: Any, count: int, name: str) -> np.ndarray:
             raise ValueError("Expected at least one event of each sample; got none.")
         return np.ones(count)
     w = as_tensor(weight, name).detach().double().cpu()
-    check_shape(w, (count,), name, "One weight an event.")
-    check_finite(w, name)
-    if bool((w < 0).any()):
-        row = int((w < 0).nonzero()[0, 0])
-        raise ValueError(
-            f"Expected {name} of at least 0; got {w[row].item():g} in row {row}. Classifiers "
-            "cannot learn from negative weights: reweight the events to positive ones first."
-        )
-    if not bool(w.sum() > 0):
-        raise ValueError(
-            f"Expected {name} with a positive sum; got {w.sum().item():g}. Leave out events of "
-            "zero weight."
-        )
-    return w.numpy()
+    remedy = "Negative weights have no meaning here: reweight the events to positive ones first."
+    return checked_weights(w, count, name, remedy).numpy()
+
+
+def effective_count(weight: np.ndarray) -> float:
+    """Return how many unweighted events weights (N,) are worth, (Σ w)² / Σ w²."""
+    return float(weight.sum() ** 2 / np.square(weight).sum())
 
 
 def permutation_pvalues(
@@ -170,7 +171,7 @@ def permutation_pvalues(
     """
     found = np.full(len(tests), np.nan)
     own, largest = np.ones(len(tests)), np.ones(len(tests))
-    for k, label in enumerate(_labellings(len(weights), count_x, permutations, rng, paired)):
+    for k, label in enumerate(labellings(len(weights), count_x, permutations, rng, paired)):
         first = np.where(label, weights, 0.0)
         with np.errstate(invalid="ignore", divide="ignore"):
             values = np.stack([t(first, weights - first)[1] for t in tests], 1)
@@ -184,10 +185,18 @@ def permutation_pvalues(
     return found, own / (1 + permutations), largest / (1 + permutations)
 
 
-def _labellings(
+def labellings(
     n: int, count_x: int, permutations: int, rng: np.random.Generator, paired: bool
 ) -> Iterator[np.ndarray]:
-    """Which events are in the first sample (b, n), those of the data first."""
+    """Which events are in the first sample (b, n), those of the data first.
+
+    Arguments:
+        n: Events of both samples, those of the first before the others.
+        count_x: Events of the first.
+        permutations: Labellings beside that of the data; they come in blocks.
+        rng: Source of them.
+        paired: Exchange events i and count_x + i alone.
+    """
     given = np.arange(n) < count_x
     size = max(_CHUNK // n, 2)
     for start in range(0, permutations + 1, size):

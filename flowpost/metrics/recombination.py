@@ -30,6 +30,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from .._progress import progress_bar
 from .energy import distance_correlation
 from .multiple import holm
 from .recombination_result import Independence, Recombination, TailGain
-from .tails import _share, _values
+from .tail_shares import share_beyond, tail_values
 
 __all__ = ["independence_test", "recombine"]
 
@@ -102,18 +103,21 @@ def recombine(
         seed=int(rng.integers(2**31)),
         progress=progress,
     )
-    index = _pairings(len(x), len(groups), count, rng)
-    made = x.new_empty(len(index), x.shape[1])
+    rows = _pairings(len(x), len(groups), count, rng)
+    made = x.new_empty(len(rows), x.shape[1])
     for k, group in enumerate(groups):
-        made[:, group] = x[torch.as_tensor(index[:, k], device=x.device)][:, group]
+        made[:, group] = x[torch.as_tensor(rows[:, k], device=x.device)][:, group]
     gains: tuple[TailGain, ...] = ()
     if thresholds is not None:
         if statistic is None:
             raise ValueError("Expected a statistic of events beside thresholds; got none.")
         at = as_tensor(thresholds, "thresholds").double().reshape(-1)
         check_finite(at, "thresholds")
-        values = _values(x, "events", statistic), _values(made, "combinations", statistic)
-        gains = _gains(values, index, at.cpu().numpy(), len(groups), bootstraps, rng)
+        values = (
+            tail_values(x, "events", statistic),
+            tail_values(made, "combinations", statistic),
+        )
+        gains = _gains(values, rows, at.cpu().numpy(), len(groups), bootstraps, rng)
     return Recombination(
         events=made,
         independence=independence,
@@ -183,13 +187,26 @@ def _checked(events: Any) -> Tensor:
 
 
 def _groups(components: Sequence[Any], columns: int) -> list[list[int]]:
-    groups = [[c] if isinstance(c, int) else [int(i) for i in c] for c in components]
+    try:
+        groups = [_whole(component) for component in components]
+    except TypeError:
+        raise ValueError(
+            f"Expected components as columns of each, whole numbers; got {components!r}. Two of "
+            "three columns are [[0, 1], [2]]."
+        ) from None
     if len(groups) < 2 or sorted(i for g in groups for i in g) != list(range(columns)):
         raise ValueError(
             f"Expected at least two components that have each of {columns} columns once; got "
             f"{groups}. Two of three columns are [[0, 1], [2]]."
         )
     return groups
+
+
+def _whole(component: Any) -> list[int]:
+    try:
+        return [index(component)]
+    except TypeError:
+        return [index(column) for column in component]
 
 
 def _pairings(n: int, k: int, count: int | None, rng: np.random.Generator) -> np.ndarray:
@@ -220,7 +237,7 @@ def _permuted(a: Tensor, b: Tensor, permutations: int, rng: np.random.Generator,
 
 def _gains(
     values: tuple[np.ndarray, np.ndarray],
-    index: np.ndarray,
+    rows: np.ndarray,
     at: np.ndarray,
     k: int,
     bootstraps: int,
@@ -229,17 +246,17 @@ def _gains(
     """Shares beyond thresholds of events and of combinations, and their errors."""
     check_positive_int(bootstraps, "bootstraps", minimum=2)
     n, m = len(values[0]), len(values[1])
-    plain, spread = _share(values[0], np.ones(n), at)
-    paired, _ = _share(values[1], np.ones(m), at)
+    plain, spread = share_beyond(values[0], np.ones(n), at)
+    paired, _ = share_beyond(values[1], np.ones(m), at)
     above = [np.flatnonzero(values[1] > s) for s in at]
     drawn = np.empty((bootstraps, len(at)))
-    for row in drawn:
+    for share in drawn:
         times = rng.multinomial(n, np.full(n, 1 / n)).astype(float)
         weight = np.ones(m)
         for c in range(k):
-            weight *= times[index[:, c]]
-        row[:] = [weight[i].sum() for i in above]
-        row /= weight.sum()
+            weight *= times[rows[:, c]]
+        share[:] = [weight[i].sum() for i in above]
+        share /= weight.sum()
     variance = drawn.var(0, ddof=1)
     if m < float(n) ** k:
         # of the combinations that were drawn among all

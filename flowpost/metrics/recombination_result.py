@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Independence", "Recombination", "TailGain"]
 
@@ -123,3 +127,9 @@ class Recombination:
             f"Recombination(events={len(self.events)}, of={self.count}, "
             f"p_value={self.independence.p_value:.3g})"
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw what the combinations are worth at each threshold, in independent events."""
+        from ..plots.generative import plot_recombination
+
+        return plot_recombination(self, ax)

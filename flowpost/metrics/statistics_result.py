@@ -86,7 +86,7 @@ class StatisticsTest:
         """Return what the numbers say in one sentence; the alarm is raised at 1 %."""
         off = [row.name for row in self.table if row.p_adjusted <= _ALARM]
         if not off:
-            return f"no statistic differs (p = {self.p_value:.3g} for all)"
+            return f"no statistic differs at 1 % (p = {self.p_value:.3g} for all)"
         return f"{', '.join(off)} differ{'s' * (len(off) == 1)} (p = {self.p_value:.3g} for all)"
 
     def __str__(self) -> str:

@@ -13,8 +13,14 @@ R − 1 degrees of freedom (Welch's where the truth is a sample). With one train
 `bootstrap_tails` draws its events with replacement and trains again each time.
 
 Where *no* event is generated beyond s there is no spread to go by. A generator that does no more
-than repeat its training events has none with probability :math:`(1 - P_{\mathrm{true}})^{R n}`, the
-p-value then; with k of m true events beyond, :math:`(m / (m + R n))^k`, exact given their number.
+than repeat its n training events, M times at random, has each of them with probability
+:math:`c = 1 - e^{-M/n}`, and none beyond s with at most
+
+.. math:: p = (1 - c\, P_{\mathrm{true}})^{R n} , \qquad
+          p = \Big( \frac{m}{m + c R n} \Big)^k
+
+if k of m true events are beyond. A generator that makes M fresh events has none more rarely, as
+:math:`c\, n \le \min(n, M)`. Without the number of training events nothing is said.
 
 Reference:
     An Introduction to the Bootstrap (B. Efron, R. Tibshirani, 1993), chapter 6
@@ -31,15 +37,10 @@ from torch import Tensor
 
 from .._checks import as_tensor, check_finite, check_positive_int
 from .._progress import progress_bar
-from .multiple import holm
-from .ranks import event_weights
+from .tail_shares import FEWEST, Trained, Truth, sample_shares
 from .tails_result import TailReport, TailRow
 
 __all__ = ["bootstrap_tails", "tails"]
-
-# of true events beyond a threshold, below which nothing is said
-_FEWEST = 10
-_DEFAULT = (0.1, 0.01, 0.001)
 
 
 def tails(
@@ -66,8 +67,8 @@ def tails(
         weight_true: Event weights (N,), at least 0.
         probabilities: Exact shares beyond each threshold, in place of true events.
         statistic: S, a function of events to values (N,); None where events are values already.
-        training_size: Events n of a training set, for generators without any event beyond a
-            threshold. By default those of the smallest generated sample.
+        training_size: Events n of a training set. Without it, nothing is said of a generator that
+            has no event beyond a threshold.
         bootstraps: Over training sets, for the errors.
         seed: Of the bootstraps.
 
@@ -82,7 +83,8 @@ def tails(
         >>> g = torch.Generator().manual_seed(0)
         >>> cut = [torch.rand(1000, generator=g) for _ in range(4)]
         >>> fair = [torch.empty(1000).exponential_(generator=g) for _ in range(4)]
-        >>> print(tails({"cut": cut, "fair": fair}, [0.5, 1], probabilities=[0.6065, 0.3679]))
+        >>> exact = {"probabilities": [0.6065, 0.3679], "training_size": 1000}
+        >>> print(tails({"cut": cut, "fair": fair}, [0.5, 1], **exact))
         Shares beyond thresholds, errors by bootstrap over training sets
           truth exact
           generator       beyond      share  / truth  ± error  Poisson         p  for all
@@ -98,7 +100,9 @@ def tails(
             f"Expected generated samples by the name of the generator; got {type(generated)}. One "
             'is written {"flow": [samples of each training set]}.'
         )
-    truth = _Truth(true, weight_true, probabilities, thresholds, statistic)
+    if training_size is not None:
+        training_size = check_positive_int(training_size, "training_size")
+    truth = Truth(true, weight_true, probabilities, thresholds, statistic)
     rng = np.random.default_rng(seed)
     rows: list[TailRow] = []
     for name, samples in generated.items():
@@ -108,12 +112,14 @@ def tails(
                 f"{type(samples).__name__}. With one training set use bootstrap_tails, which "
                 "resamples it."
             )
-        made = [_shares(part, f"samples of {name!r}", statistic, truth.at) for part in samples]
+        made = [
+            sample_shares(part, f"samples of {name!r}", statistic, truth.at) for part in samples
+        ]
         shares = np.stack([share for share, _, _ in made])
         drawn = rng.integers(len(shares), size=(bootstraps, len(shares)))
         # a bootstrap of R values has the spread of R − 1
         error = shares[drawn].mean(1).std(0) * np.sqrt(len(shares) / (len(shares) - 1))
-        size = min(n for _, _, n in made) if training_size is None else training_size
+        least = min(m for _, _, m in made)
         rows += truth.judge(
             str(name),
             shares.mean(0),
@@ -121,9 +127,9 @@ def tails(
             shares.std(0, ddof=1),
             np.sum([v for _, v, _ in made], axis=0) / len(shares) ** 2,
             len(shares) - 1,
-            len(shares) * check_positive_int(size, "training_size"),
+            Trained(training_size, least, len(shares)),
         )
-    return TailReport(tuple(rows), truth.count, truth.exact, "training sets")
+    return TailReport(tuple(rows), truth.count, truth.exact, "training sets", training_size)
 
 
 def bootstrap_tails(
@@ -164,12 +170,12 @@ def bootstrap_tails(
     if not isinstance(generators, Mapping) or not generators:
         raise ValueError(f"Expected generators by name; got {type(generators).__name__}.")
     training = as_tensor(training, "training events")
-    if not training.ndim or len(training) < _FEWEST:
+    if not training.ndim or len(training) < FEWEST:
         raise ValueError(
-            f"Expected at least {_FEWEST} training events; got shape {tuple(training.shape)}."
+            f"Expected at least {FEWEST} training events; got shape {tuple(training.shape)}."
         )
     check_finite(training, "training events")
-    truth = _Truth(true, weight_true, probabilities, thresholds, statistic)
+    truth = Truth(true, weight_true, probabilities, thresholds, statistic)
     rng, n = np.random.default_rng(seed), len(training)
     seeds = rng.integers(2**31, size=1 + resamplings).tolist()
     drawn = [torch.arange(n)]
@@ -180,140 +186,10 @@ def bootstrap_tails(
             made = []
             for events, own_seed in zip(drawn, seeds, strict=True):
                 part = generate(training[events.to(training.device)], own_seed)
-                made.append(_shares(part, f"samples of {name!r}", statistic, truth.at))
+                made.append(sample_shares(part, f"samples of {name!r}", statistic, truth.at))
                 bar.update(1)
             error = np.stack([share for share, _, _ in made[1:]]).std(0, ddof=1)
-            first, variance, _ = made[0]
-            rows += truth.judge(str(name), first, error, error, variance, resamplings - 1, n)
-    return TailReport(tuple(rows), truth.count, truth.exact, "resampled training events")
-
-
-class _Truth:
-    """Shares of the truth beyond thresholds, with their errors, and what differs from them."""
-
-    def __init__(
-        self,
-        true: Any,
-        weight: Any,
-        probabilities: Any,
-        thresholds: Any,
-        statistic: Callable[[Tensor], Any] | None,
-    ) -> None:
-        if (true is None) == (probabilities is None):
-            raise ValueError(
-                "Expected either true events or exact probabilities; got "
-                f"{'neither' if true is None else 'both'}."
-            )
-        self.exact = true is None
-        values = None if true is None else _values(true, "true events", statistic)
-        if thresholds is None:
-            if values is None:
-                raise ValueError("Expected thresholds beside exact probabilities; got none.")
-            kept = [q for q in _DEFAULT if q * len(values) >= _FEWEST]
-            thresholds = np.quantile(values, [1 - q for q in kept])
-        at = as_tensor(thresholds, "thresholds").double().reshape(-1)
-        check_finite(at, "thresholds")
-        self.at = at.cpu().numpy()
-        if not len(self.at):
-            raise ValueError("Expected at least one threshold, with ten true events beyond it.")
-        if values is None:
-            p = as_tensor(probabilities, "probabilities").double().reshape(-1).cpu().numpy()
-            if p.shape != self.at.shape or not ((p > 0) & (p < 1)).all():
-                raise ValueError(
-                    f"Expected a probability between 0 and 1 for each of {len(self.at)} "
-                    f"thresholds; got {p.tolist()}."
-                )
-            self.share, self.variance = p, np.zeros_like(p)
-            self.beyond, self.count = np.full(len(p), np.inf), 0
-            return
-        w = event_weights(weight, len(values), "weight_true")
-        self.share, self.variance = _share(values, w, self.at)
-        # as many unweighted events would have this error
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self.beyond = np.square(self.share) * (1 - self.share) / self.variance
-        self.beyond = np.where(self.share > 0, np.where(self.share < 1, self.beyond, np.inf), 0.0)
-        self.count = len(values)
-
-    def judge(
-        self,
-        name: str,
-        share: np.ndarray,
-        error: np.ndarray,
-        spread: np.ndarray,
-        counting: np.ndarray,
-        dof: int,
-        trained: int,
-    ) -> list[TailRow]:
-        """Rows of a generator; p-values are corrected for the number of thresholds."""
-        p = np.ones(len(self.at))
-        for k in range(len(self.at)):
-            if self.beyond[k] >= _FEWEST:
-                p[k] = self._p(k, share[k], error[k], counting[k], dof, trained)
-        judged = self.beyond >= _FEWEST
-        adjusted = np.ones(len(p))
-        adjusted[judged] = holm(p[judged])
-        return [
-            TailRow(
-                generator=name,
-                threshold=float(self.at[k]),
-                share=float(share[k]),
-                error=float(error[k]),
-                spread=float(spread[k]),
-                counting_error=float(np.sqrt(counting[k])),
-                true_share=float(self.share[k]),
-                true_error=float(np.sqrt(self.variance[k])),
-                p_value=float(p[k]),
-                p_adjusted=float(adjusted[k]),
-                judged=bool(judged[k]),
-            )
-            for k in range(len(p))
-        ]
-
-    def _p(
-        self, k: int, share: float, error: float, counting: float, dof: int, trained: int
-    ) -> float:
-        from scipy.stats import t
-
-        if share == 0:
-            if self.exact:
-                return float((1 - self.share[k]) ** trained)
-            events = self.beyond[k] / self.share[k]
-            return float((events / (events + trained)) ** self.beyond[k])
-        own, other = (error**2 or counting), self.variance[k]
-        degrees = dof * ((own + other) / own) ** 2 if own > 0 else np.inf
-        if own + other == 0:
-            return float(share == self.share[k])
-        return float(2 * t.sf(abs(share - self.share[k]) / np.sqrt(own + other), degrees))
-
-
-def _values(events: Any, name: str, statistic: Callable[[Tensor], Any] | None) -> np.ndarray:
-    events = as_tensor(events, name)
-    if statistic is not None:
-        with torch.no_grad():
-            events = as_tensor(statistic(events), f"statistic of {name}")
-    if events.ndim == 2 and events.shape[1] == 1:
-        events = events[:, 0]
-    if events.ndim != 1 or not len(events):
-        raise ValueError(
-            f"Expected {name} as one value an event, shape (N,); got {tuple(events.shape)}. Give "
-            "the statistic of an event, such as statistic=lambda x: x.sum(1)."
-        )
-    check_finite(events, name)
-    return np.asarray(events.detach().double().cpu().numpy())
-
-
-def _share(values: np.ndarray, weight: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted shares beyond thresholds (Q,) and their variances by counting."""
-    a = weight / weight.sum()
-    above = values[:, None] > at
-    share = a @ above
-    return share, np.square(a) @ np.square(above - share)
-
-
-def _shares(
-    part: Any, name: str, statistic: Callable[[Tensor], Any] | None, at: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    events, weight = part if isinstance(part, tuple) else (part, None)
-    values = _values(events, name, statistic)
-    weight = event_weights(weight, len(values), f"weights of {name}")
-    return *_share(values, weight, at), len(values)
+            first, variance, m = made[0]
+            trained = Trained(n, m, 1)
+            rows += truth.judge(str(name), first, error, error, variance, resamplings - 1, trained)
+    return TailReport(tuple(rows), truth.count, truth.exact, "resampled training events", n)

@@ -79,12 +79,14 @@ class TailReport:
         true_count: True events; 0 where the truth is exact.
         exact: Whether it is.
         source: What was resampled for the errors.
+        training_size: Events of a training set; None where they were not given.
     """
 
     table: tuple[TailRow, ...]
     true_count: int
     exact: bool
     source: str
+    training_size: int | None
 
     def __getitem__(self, key: tuple[str, float]) -> TailRow:
         """Return the entry of (generator, threshold).
@@ -120,6 +122,13 @@ class TailReport:
                 f"nothing can be said beyond {', '.join(f'{s:.4g}' for s in small)}: fewer than "
                 "ten true events"
             )
+        if self.training_size is None:
+            text += [
+                f"{r.generator} has no event beyond {r.threshold:.4g}: give training_size, the "
+                "events of a training set, to know whether it must have some"
+                for r in self.table
+                if r.judged and r.share == 0
+            ]
         limited = {
             r.threshold
             for r in self.table

@@ -25,6 +25,7 @@ https://doi.org/10.1007/s10851-014-0506-3.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -107,8 +108,8 @@ def _check_power(p: float) -> None:
 
 
 def _directions(projections: int | Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    if isinstance(projections, int):
-        check_positive_int(projections, "projections")
+    if isinstance(projections, Integral):
+        projections = check_positive_int(projections, "projections")
         device = x.device if generator is None else generator.device
         shape = (projections, x.shape[1])
         draws = torch.randn(shape, dtype=x.dtype, device=device, generator=generator)

@@ -8,8 +8,10 @@ from flowpost.plots.coverage import plot_coverage, plot_pulls, plot_ranks
 from flowpost.plots.gallery import plot_gallery
 from flowpost.plots.generative import (
     plot_correlations,
+    plot_cross_table,
     plot_downstream,
     plot_memorisation,
+    plot_recombination,
     plot_statistics,
     plot_tails,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "plot_corner",
     "plot_correlations",
     "plot_coverage",
+    "plot_cross_table",
     "plot_downstream",
     "plot_gallery",
     "plot_history",
@@ -47,6 +50,7 @@ __all__ = [
     "plot_pulls",
     "plot_ranks",
     "plot_ratio",
+    "plot_recombination",
     "plot_reliability",
     "plot_roc",
     "plot_scan",

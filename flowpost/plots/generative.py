@@ -1,4 +1,4 @@
-"""Generative checks: statistics, correlations, tails, nearest training events, residuals."""
+"""Generative checks: statistics, correlations, tails, neighbours, pairings, residuals, areas."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flowpost.metrics.correlations import CorrelationTest
+from flowpost.metrics.cross_table import CrossTable
 from flowpost.metrics.downstream import DownstreamComparison
 from flowpost.metrics.memorisation import MemorisationTest
+from flowpost.metrics.recombination_result import Recombination
 from flowpost.metrics.statistics_result import StatisticsTest
 from flowpost.metrics.tails_result import TailReport
 from flowpost.plots.coverage import _COLOURS, _GREYS, _MARKERS, _new_axes
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_correlations",
+    "plot_cross_table",
     "plot_downstream",
     "plot_memorisation",
+    "plot_recombination",
     "plot_statistics",
     "plot_tails",
 ]
@@ -30,6 +34,8 @@ _LINE = "#444444"
 _ALARM = 0.01
 # of the colour map, in errors
 _DARK = 3.5
+# areas above it are dark
+_PALE = 0.8
 # of a picture of a matrix: more cells have no numbers in them
 _NUMBERED = 8
 
@@ -51,7 +57,7 @@ def plot_statistics(result: StatisticsTest, ax: Axes | None = None) -> Axes:
     rows = [row for row in result.table if row.spread > 0]
     at = np.arange(len(rows))
     ax.barh(at, [r.expected / r.spread for r in rows], color=_GREYS[1], label="chance, 95 %")
-    for off, colour, label in ((False, _COLOURS[0], "agrees"), (True, _COLOURS[1], "differs")):
+    for off, colour, label in ((False, _COLOURS[0], "p > 1 %"), (True, _COLOURS[1], "differs")):
         some = [k for k, r in enumerate(rows) if (r.p_adjusted <= _ALARM) == off]
         if some:
             ax.plot([rows[k].w1_scaled for k in some], some, "o", color=colour, label=label)
@@ -168,6 +174,73 @@ def plot_memorisation(result: MemorisationTest, ax: Axes | None = None) -> Axes:
         title=f"copies {100 * result.copies:.3g} %, p = {result.p_value:.3g}",
     )
     ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_recombination(result: Recombination, ax: Axes | None = None) -> Axes:
+    """Draw how many independent events the combinations are worth at each threshold.
+
+    The dashed line is the number of events; thresholds without a combination beyond have no bar.
+
+    Arguments:
+        result: A recombination with thresholds.
+        ax: Where to draw; by default a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If it was made without thresholds.
+    """
+    if not result.gains:
+        raise ValueError(
+            "Expected a recombination with gains at thresholds; got none. Give recombine "
+            "thresholds and a statistic."
+        )
+    ax = _new_axes() if ax is None else ax
+    worth = [g.effective_count for g in result.gains]
+    at = np.arange(len(worth))
+    ax.bar(at, np.nan_to_num(worth), width=0.6, color=_COLOURS[0])
+    for k, value in enumerate(worth):
+        if np.isfinite(value):
+            text = f"× {value / result.count:.2g}"
+            ax.text(k, value, text, ha="center", va="bottom", fontsize="small")
+    ax.axhline(result.count, color=_LINE, lw=0.8, ls="--", label=f"{result.count} events")
+    ax.set(
+        xticks=at,
+        xticklabels=[f"{g.threshold:.4g}" for g in result.gains],
+        xlabel="threshold",
+        ylabel="combinations are worth events",
+        title=f"independence p = {result.independence.p_value:.2g}",
+    )
+    ax.margins(y=0.12)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_cross_table(result: CrossTable, ax: Axes | None = None) -> Axes:
+    """Draw the four areas under the ROC curve with their errors, as a table of colours.
+
+    Arguments:
+        result: A cross table.
+        ax: Where to draw; by default a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = _new_axes() if ax is None else ax
+    image = ax.imshow(result.auc, cmap="Blues", vmin=0.5, vmax=1)
+    for j in range(2):
+        for k in range(2):
+            text = f"{result.auc[j, k]:.3f}\n± {result.error[j, k]:.3f}"
+            ink = "white" if result.auc[j, k] > _PALE else "black"
+            ax.text(k, j, text, ha="center", va="center", color=ink)
+    kinds = ["true", "generated"]
+    ax.set(xticks=[0, 1], xticklabels=kinds, yticks=[0, 1], yticklabels=kinds)
+    ax.set(xlabel="tested on", ylabel="trained on")
+    p = "" if np.isnan(result.p_value) else f", p = {result.p_value:.2g}"
+    ax.set_title(f"{result.classifier}: loss {result.loss:+.3f} ± {result.loss_error:.3f}{p}")
+    ax.figure.colorbar(image, ax=ax, label="AUC of the two types")
     return ax
 
 

@@ -79,7 +79,11 @@ def plot_showers(
             if k == 0:
                 ax.set_ylabel(name)
         if norm is not None:
-            bar = axes[0, k].figure.colorbar(picture, ax=list(axes[:, k]), location="bottom")
+            column = list(axes[:, k])
+            share = 0.15 / len(column)
+            bar = axes[0, k].figure.colorbar(
+                picture, ax=column, location="bottom", fraction=share, pad=share
+            )
             bar.set_label(f"mean energy [{unit}]")
     return axes
 

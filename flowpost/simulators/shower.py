@@ -23,16 +23,19 @@ A voxel's energy is gamma distributed about its mean, and set to zero below a th
 a density (per GeV) in the values above the threshold and a probability for the zeros. Without
 :math:`t_0` it is an integral over one number, and is done by quadrature.
 
-The profile is that of *Monte-Carlo methods and cascades* as the Particle Data Group gives it
-(*Passage of particles through matter*, section 34.5, 2022, https://pdg.lbl.gov), with the critical
-energy 7.3 MeV of lead; photons travel 9/7 radiation lengths on average before they convert. The
-layout is that of *CaloGAN*, M. Paganini, L. de Oliveira, B. Nachman, 2018,
+The profile is that of *Monte Carlo calculation of photon-initiated electromagnetic showers in lead
+glass*, E. Longo, I. Sestili, Nucl. Instrum. Methods 128 (1975) 283,
+https://doi.org/10.1016/0029-554X(75)90679-5, as the Particle Data Group gives it (*Passage of
+particles through matter*, section *Electromagnetic cascades*, https://pdg.lbl.gov). The critical
+energy of 7.3 MeV is about that of lead; photons travel 9/7 radiation lengths on average before they
+convert. The layout is that of *CaloGAN*, M. Paganini, L. de Oliveira, B. Nachman, 2018,
 https://arxiv.org/abs/1712.10321, on a coarser grid.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +50,7 @@ __all__ = ["Shower"]
 
 _PROFILE = 0.5  # b
 _CRITICAL = 0.0073  # GeV
+_LEAST = 0.05  # GeV; the profile has no shape a > 0 below 1.63 MeV
 _START = 9 / 7  # X0
 _SHAPE = ((3, 8), (6, 6), (6, 3))
 _EDGES = (0.0, 4.0, 15.0, 22.0)
@@ -67,7 +71,7 @@ class Shower:
 
     Arguments:
         half_width: Half the side of the calorimeter's face, in Molière radii.
-        energy_range: Least and largest energy in GeV.
+        energy_range: Least and largest energy in GeV, from 0.05.
         scale: w, GeV; a voxel of mean m has the variance w·m.
         threshold: Energy in GeV below which a voxel reads zero.
 
@@ -111,11 +115,12 @@ class Shower:
         ):
             if not 0 < value < math.inf:
                 raise ValueError(f"Expected {name} as a positive number; got {value!r}.")
-        low, high = energy_range
-        if not 0.05 <= low < high < math.inf:
+        pair = isinstance(energy_range, Sequence) and len(energy_range) == 2
+        low, high = energy_range if pair else (math.nan, math.nan)
+        if not _LEAST <= low < high < math.inf:
             raise ValueError(
-                f"Expected energies 0.05 <= low < high; got {energy_range!r}. Give them in GeV; "
-                "the profile holds for showers of many critical energies."
+                f"Expected energies {_LEAST:g} <= low < high; got {energy_range!r}. Give them in "
+                "GeV; the profile holds for showers of many critical energies."
             )
         self.half_width = float(half_width)
         self.energy_range = (float(low), float(high))
@@ -192,7 +197,7 @@ class Shower:
             Visible energies in GeV, shape (N, 78), in the dtype of `z`.
 
         Raises:
-            ValueError: If `z` has another shape, an energy is not positive, a start negative, or
+            ValueError: If `z` has another shape, an energy is below 0.05, a start negative, or
                 both `generator` and `seed` are set.
         """
         z = self._labels(z)
@@ -214,7 +219,7 @@ class Shower:
             Shares, shape (N, 78), in the dtype of `z`; the rest to one is lost.
 
         Raises:
-            ValueError: If `z` has another shape, an energy is not positive or a start negative.
+            ValueError: If `z` has another shape, an energy is below 0.05 or a start negative.
         """
         z = self._labels(z)
         return self._fractions(z).to(z)
@@ -232,7 +237,7 @@ class Shower:
 
         Raises:
             ValueError: If shapes differ from these, a value lies between zero and the threshold,
-                an energy is not positive or a start negative.
+                an energy is below 0.05 or a start negative.
         """
         x, z = self._data(x), self._labels(z)
         check_shape(z, (len(x), 2), "z", "Give one row of labels per event of x.")
@@ -311,12 +316,14 @@ class Shower:
         z = as_tensor(z, "z")
         check_shape(z, ("N", 2), "z", "The columns are the energy in GeV and the start in X0.")
         check_finite(z, "z")
-        bad = (z[:, 0] <= 0) | (z[:, 1] < 0)
+        # single precision rounds the least energy
+        bad = (z[:, 0] < _LEAST * (1 - 1e-6)) | (z[:, 1] < 0)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"Expected a positive energy and a start of at least 0; got {z[row].tolist()} in "
-                f"row {row}."
+                f"Expected energies of at least {_LEAST:g} GeV and a start of at least 0; got "
+                f"{z[row].tolist()} in row {row}. The profile holds for showers of many critical "
+                "energies."
             )
         return z
 
