@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ import torch
 
 from ._checks import require
 
-__all__ = ["forked", "quiet", "trainer_of"]
+__all__ = ["forked", "kept_state", "quiet", "trainer_of"]
+
+# options of a run that are too long to be shown
+_LONG = ("head", "model", "network")
 
 
 def trainer_of(
@@ -66,6 +70,35 @@ def _keep_state(lightning: Any, path: Path) -> Any:
                 self.on_train_epoch_end(trainer, module)
 
     return KeepState()
+
+
+def kept_state(
+    checkpoint: str | os.PathLike[str], name: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a training keeps in a checkpoint beside Lightning's state, under its name.
+
+    Raises:
+        ValueError: If the file cannot be read, or was begun with other options.
+    """
+    path = os.fspath(checkpoint)
+    try:
+        kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)[name]
+        begun = dict(kept["options"])
+    except (KeyError, TypeError, RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"Expected {path} as a checkpoint of {name}; it cannot be read as one ({error}). "
+            "Remove the file or name another."
+        ) from error
+    for key, value in options.items():
+        if begun.get(key) != value:
+            was, now = f"{key}={begun.get(key)!r}", repr(value)
+            if key in _LONG:
+                was, now = f"another {key}", "this one"
+            raise ValueError(
+                f"Expected the run that {path} was begun with ({was}); got {now}. A run goes on as "
+                "it began: use its options and data, or name another file."
+            )
+    return kept
 
 
 @contextmanager

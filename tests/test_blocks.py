@@ -74,8 +74,8 @@ class TestAgainstIntegralsOfTheJointDensity:
         assert np.trapezoid(found, b) == pytest.approx(1, abs=2e-3)
         # draws of narrow conditionals are noisy at single points
         assert np.trapezoid(np.abs(found.numpy() - expected), b) < 0.05
-        found = many.log_prob(torch.tensor(b).unsqueeze(-1)).exp()
-        assert np.trapezoid(np.abs(found.numpy() - expected), b) < 0.01
+        found = many.log_prob(torch.tensor(b[::3]).unsqueeze(-1)).exp()
+        assert np.trapezoid(np.abs(found.numpy() - expected[::3]), b[::3]) < 0.01
         # it is neither the conditional at the centre nor the density at any one draw
         fixed = p[np.argmax(np.trapezoid(p, b, axis=1))]
         assert np.abs(fixed / np.trapezoid(fixed, b) - expected).max() > 0.05 * expected.max()

@@ -228,7 +228,14 @@ def exact(v):
     ("fit", "options", "mean", "width", "correlation"),
     [
         (fit_energy, {"epochs": 18, "lr": 3e-3, "batch_size": 128}, 0.10, 0.12, 0.25),
-        (fit_critic, {"epochs": 18, "batch_size": 64}, 0.20, 0.25, 0.4),
+        pytest.param(
+            fit_critic,
+            {"epochs": 18, "batch_size": 64},
+            0.20,
+            0.25,
+            0.4,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["energy", "critic"],
 )
@@ -248,6 +255,7 @@ def test_a_conditional_normal_is_learned(fit, options, mean, width, correlation)
         assert float(off[4]) < correlation, (v, found)
 
 
+@pytest.mark.slow
 def test_a_ring_is_learned_by_the_energy_score():
     """Radius 1 to 2 by the label, 0.1 thick; a map of noise cannot leave the inside quite empty."""
     g = generator(17)

@@ -243,7 +243,14 @@ def test_plain_loop():
     assert found.averaged.coverage.coverage_at(0.68) == pytest.approx(0.68, abs=0.03)
 
 
-@pytest.mark.parametrize("way", ["simulated", "perturbed", "weighted"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "simulated",
+        pytest.param("perturbed", marks=pytest.mark.slow),
+        pytest.param("weighted", marks=pytest.mark.slow),
+    ],
+)
 def test_trained_heads_reach_the_closed_form(way):
     """Small and affine; the slow test trains splines for every way."""
     found = measure(way, 1.0, size=20_000, epochs=20, flow="affine", fresh=20_000)

@@ -481,7 +481,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
     file = tmp_path / "other.ckpt"
     trainer.save_checkpoint(file)
     content = torch.load(file, weights_only=True)
-    del content["flowpost"]
+    del content["flowpost.fit"]
     torch.save(content, file)
     with pytest.raises(ValueError, match=r"Expected .*other.ckpt as a checkpoint of flowpost.fit"):
         fit(model_of(), (X, Z), checkpoint=file)

@@ -12,7 +12,6 @@ with the terms of `flowpost.generators.student`. Neither takes a slow inverse.
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import as_tensor, check_positive_int
+from .._lightning import kept_state
 from .._weights import check_weights, weighted_mean
 from ..likelihood import Likelihood
 from .module import Objective, module_class
@@ -260,7 +260,7 @@ def _run(
     module = module_class()(network, learned, objective, train, held, options)
     resumed: dict[str, Any] = {}
     if checkpoint is not None and Path(checkpoint).exists():
-        module.take(_read(checkpoint, options))
+        module.take(kept_state(checkpoint, "flowpost.generators", options))
         resumed = {"ckpt_path": str(checkpoint), "weights_only": True}
     return run(
         module,
@@ -271,22 +271,3 @@ def _run(
         checkpoint=checkpoint,
         progress=progress,
     )
-
-
-def _read(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any]:
-    try:
-        kept = torch.load(checkpoint, map_location="cpu", weights_only=True)["generator"]
-        begun = dict(kept["options"])
-    except (KeyError, TypeError, RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"Expected {os.fspath(checkpoint)} as a checkpoint of flowpost.generators; it cannot "
-            f"be read as one ({error}). Remove the file or name another."
-        ) from error
-    for name, value in options.items():
-        if begun.get(name) != value:
-            raise ValueError(
-                f"Expected the run that {os.fspath(checkpoint)} was begun with ({name}="
-                f"{begun.get(name)!r}); got {value!r}. A run goes on as it began: use its options "
-                "and data, or name another file."
-            )
-    return kept

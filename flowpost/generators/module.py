@@ -88,7 +88,7 @@ def module_class() -> type:
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
-            checkpoint["generator"] = {
+            checkpoint["flowpost.generators"] = {
                 "rows": self.rows,
                 "best": self.best,
                 "best_epoch": self.best_epoch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import check_finite, check_positive_int, require
 from .._events import called, joined, leaves
-from .._lightning import forked, quiet, trainer_of
+from .._lightning import forked, kept_state, quiet, trainer_of
 from ..encoders import Encoder
 from .history import SummaryEpoch, SummaryHistory
 from .model import CountingModel
@@ -116,7 +115,7 @@ def fit(
     home = next(network.parameters()).device
     options: dict[str, Any] = {}
     if checkpoint is not None and Path(checkpoint).exists():
-        module.take(_read(checkpoint, module.options))
+        module.take(kept_state(checkpoint, "flowpost.inferno.fit", module.options))
         options = {"ckpt_path": str(checkpoint), "weights_only": True}
     batches.set_epoch(len(module.rows))
     with forked(), quiet():
@@ -221,22 +220,3 @@ def _warn_dead(network: nn.Module, samples: dict[str, Sample]) -> None:
             "valid; if its width disappoints, a higher temperature or more epochs may fill them.",
             stacklevel=3,
         )
-
-
-def _read(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any]:
-    try:
-        kept = torch.load(checkpoint, map_location="cpu", weights_only=True)["inferno"]
-        begun = dict(kept["options"])
-    except (KeyError, TypeError, RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"Expected {os.fspath(checkpoint)} as a checkpoint of flowpost.inferno.fit; it cannot "
-            f"be read as one ({error}). Remove the file or name another."
-        ) from error
-    for name, value in options.items():
-        if begun.get(name) != value:
-            raise ValueError(
-                f"Expected the run that {os.fspath(checkpoint)} was begun with ({name}="
-                f"{begun.get(name)!r}); got {value!r}. A run goes on as it began: use its options "
-                "and data, or name another file."
-            )
-    return kept

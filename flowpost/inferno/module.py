@@ -188,7 +188,7 @@ def module_class() -> type:
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
-            checkpoint["inferno"] = {
+            checkpoint["flowpost.inferno.fit"] = {
                 "rows": self.rows,
                 "best": self.best,
                 "best_epoch": self.best_epoch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .._checks import check_positive_int, require
 from .._events import called
-from .._lightning import forked, quiet, trainer_of
+from .._lightning import forked, kept_state, quiet, trainer_of
 from ..head import PosteriorHead
 from ..masks import read_mask
 from ..model import PosteriorModel
@@ -162,7 +161,7 @@ def fit(
         options: dict[str, Any] = {}
         kept = None
         if checkpoint is not None and Path(checkpoint).exists():
-            kept = _read(checkpoint, module.options)
+            kept = kept_state(checkpoint, "flowpost.fit", module.options)
             _start_epoch(batches, len(kept["rows"]))
             module.start_epoch(len(kept["rows"]))
             options = {"ckpt_path": str(checkpoint), "weights_only": True}
@@ -176,7 +175,7 @@ def fit(
         try:
             _train_mode(model)
             if kept and kept["stopped"]:
-                module.on_load_checkpoint({"flowpost": kept})
+                module.on_load_checkpoint({"flowpost.fit": kept})
                 stopped = True
             else:
                 trainer.fit(module, batches, held, **options)
@@ -220,28 +219,6 @@ def _wait(steps: int, epochs: int, batches: DataLoader) -> int:
 def _dropout(head: PosteriorHead) -> float:
     chosen = head.config()["dropout"]
     return _DROPOUT if chosen is None else chosen
-
-
-def _read(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any]:
-    """What fit keeps in a checkpoint, begun with the same options."""
-    try:
-        kept = torch.load(checkpoint, map_location="cpu", weights_only=True)["flowpost"]
-        begun = dict(kept["options"])
-    except (KeyError, TypeError, RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"Expected {os.fspath(checkpoint)} as a checkpoint of flowpost.fit; it cannot be read "
-            f"as one ({error}). Remove the file or name another."
-        ) from error
-    for name, value in options.items():
-        if begun.get(name) != value:
-            other = name in ("model", "head")
-            was = f"another {name}" if other else f"{name}={begun.get(name)!r}"
-            now = "this one" if other else f"{value!r}"
-            raise ValueError(
-                f"Expected the run that {os.fspath(checkpoint)} was begun with ({was}); got {now}. "
-                "A run goes on as it began: use its options and data, or name another file."
-            )
-    return kept
 
 
 def _start_epoch(batches: Any, done: int) -> None:

@@ -302,7 +302,7 @@ def module_class() -> type:
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
-            checkpoint["flowpost"] = {
+            checkpoint["flowpost.fit"] = {
                 "rows": self.rows,
                 "best_nll": self.best_nll,
                 "best_epoch": self.best_epoch,
@@ -315,7 +315,7 @@ def module_class() -> type:
 
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Take up history and best weights."""
-            kept = checkpoint["flowpost"]
+            kept = checkpoint["flowpost.fit"]
             self.rows = list(kept["rows"])
             self.best_nll, self.best_epoch = kept["best_nll"], kept["best_epoch"]
             self.best_state = kept["best_state"]
