@@ -73,8 +73,8 @@ class Recalibrator(nn.Module):
         >>> head = fp.PosteriorHead(0, fp.Real(2), flow="diagonal")
         >>> z = 2 * torch.randn(1000, 2)
         >>> recalibrator = Recalibrator(head).fit(None, z)
-        >>> recalibrator(None).credibility(z).mean()
-        tensor(0.5...)
+        >>> round(float(recalibrator(None).credibility(z).mean()), 1)
+        0.5
     """
 
     held: Tensor

@@ -1,0 +1,15 @@
+"""What holds for every test, doctests included: one seed, a forked random state, one thread."""
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _forked_rng():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
