@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ._checks import require
 
-__all__ = ["forked", "kept_state", "quiet", "trainer_of"]
+__all__ = ["adamw", "forked", "one_cycle", "quiet", "resumed", "trainer_of", "validation"]
 
 # options of a run that are too long to be shown
 _LONG = ("head", "model", "network")
@@ -72,14 +73,63 @@ def _keep_state(lightning: Any, path: Path) -> Any:
     return KeepState()
 
 
-def kept_state(
-    checkpoint: str | os.PathLike[str], name: str, options: dict[str, Any]
-) -> dict[str, Any]:
-    """What a training keeps in a checkpoint beside Lightning's state, under its name.
+def validation() -> Any:
+    """A Lightning callback that has a module validate itself, defined on first use."""
+    lightning = require("lightning.pytorch", "train")
+
+    class Validation(lightning.Callback):  # type: ignore[name-defined]
+        """Look at the held-out events after each epoch, before the state is written."""
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            if module.failure is None:
+                module.validate()
+
+    return Validation()
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, steps: int, warm_up: float, least: int = 6
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm up over a share of the steps, then anneal to nothing.
+
+    Source: *Super-Convergence*, L. N. Smith, N. Topin, 2017, https://arxiv.org/abs/1708.07120.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peaks, total_steps=max(least, steps), pct_start=warm_up, cycle_momentum=False
+    )
+
+
+def adamw(
+    learned: Sequence[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    steps: int,
+    warm_up: float,
+    least: int = 6,
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """AdamW, decaying matrices only, through one cycle, as Lightning takes optimizers."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr)
+    cycle = one_cycle(optimizer, steps, warm_up, least)
+    return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+
+
+def resumed(
+    checkpoint: str | os.PathLike[str] | None, name: str, options: dict[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """What a training kept in a checkpoint under its name, and options of the trainer's `fit`.
+
+    None and no options where there is no file, and the training begins.
 
     Raises:
         ValueError: If the file cannot be read, or was begun with other options.
     """
+    if checkpoint is None or not Path(checkpoint).exists():
+        return None, {}
     path = os.fspath(checkpoint)
     try:
         kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)[name]
@@ -98,7 +148,7 @@ def kept_state(
                 f"Expected the run that {path} was begun with ({was}); got {now}. A run goes on as "
                 "it began: use its options and data, or name another file."
             )
-    return kept
+    return kept, {"ckpt_path": path, "weights_only": True}
 
 
 @contextmanager

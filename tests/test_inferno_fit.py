@@ -97,7 +97,7 @@ def test_a_stopped_training_goes_on(whole, tmp_path):
 
     class Stop(Callback):
         def on_train_epoch_start(self, trainer, module):
-            if len(module.rows) == 3:
+            if len(module.course.rows) == 3:
                 raise InterruptedError
 
     path = tmp_path / "state.ckpt"

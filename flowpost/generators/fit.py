@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import as_tensor, check_positive_int
-from .._lightning import kept_state
+from .._lightning import resumed
 from .._weights import check_weights, weighted_mean
 from ..likelihood import Likelihood
 from .module import Objective, module_class
@@ -77,8 +76,8 @@ def fit(
         Losses of every epoch, in nats per event.
 
     Raises:
-        ValueError: If data or labels do not fit the model, or the training collapsed before its
-            first validation.
+        ValueError: If data or labels do not fit the model, no held-out event has any weight, or the
+            training collapsed before its first validation.
         ImportError: If Lightning is not installed.
     """
     if not isinstance(model, Likelihood) or isinstance(model, Student):
@@ -144,7 +143,7 @@ def distill(
 
     Raises:
         ValueError: If the student is none or its teacher not trained, a term is unknown or
-            negative, or data do not fit.
+            negative, data do not fit, or no held-out event has any weight.
         ImportError: If Lightning is not installed.
     """
     own = _students(student)
@@ -221,7 +220,12 @@ def _batches(
 ) -> tuple[Batches, Batches]:
     size = check_positive_int(size, "batch_size", minimum=2)
     train, held = divided(rows, val, seed, lambda x, z: _rows(model, x, z, None, least=1))
-    return Batches(train, size, seed), Batches(held, 4 * size, seed)
+    if not bool(held[-1].sum() > 0):
+        raise ValueError(
+            f"Expected held-out events of some weight; got 0 in all {len(held[-1])}. Hold out a "
+            "larger share, or events of their own."
+        )
+    return Batches(train, size, seed), Batches(held, 4 * size, seed, whole=True)
 
 
 def _options(
@@ -258,15 +262,14 @@ def _run(
     progress: bool,
 ) -> GeneratorHistory:
     module = module_class()(network, learned, objective, train, held, options)
-    resumed: dict[str, Any] = {}
-    if checkpoint is not None and Path(checkpoint).exists():
-        module.take(kept_state(checkpoint, "flowpost.generators", options))
-        resumed = {"ckpt_path": str(checkpoint), "weights_only": True}
+    kept, start = resumed(checkpoint, "flowpost.generators", options)
+    if kept is not None:
+        module.course.load(kept)
     return run(
         module,
         options["epochs"],
         score="validation loss",
-        resumed=resumed,
+        start=start,
         gradient_clip=gradient_clip,
         checkpoint=checkpoint,
         progress=progress,

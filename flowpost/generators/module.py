@@ -8,11 +8,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .._lightning import adamw
 from .training import Batches, Rows, averaged_class
 
 __all__ = ["Objective", "module_class"]
 
-_WARM_UP = 0.1
+# of the learning rate: the share of the steps, and the steps that a cycle has at least
+_WARM_UP, _LEAST = 0.1, 30
 
 Objective: TypeAlias = Callable[[Rows, "torch.Generator | None"], Tensor]
 
@@ -39,20 +41,8 @@ def module_class() -> type:
 
         def configure_optimizers(self) -> Any:
             """AdamW, decaying matrices only, through one cycle of the learning rate."""
-            decay, lr = self.options["weight_decay"], self.options["lr"]
-            groups = [
-                {"params": [p for p in self.learned if p.ndim > 1], "weight_decay": decay},
-                {"params": [p for p in self.learned if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr)
-            cycle = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer,
-                lr,
-                total_steps=max(30, self.steps),
-                pct_start=_WARM_UP,
-                cycle_momentum=False,
-            )
-            return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+            lr, decay = self.options["lr"], self.options["weight_decay"]
+            return adamw(self.learned, lr, decay, self.steps, _WARM_UP, _LEAST)
 
         def on_train_batch_start(self, batch: Any, index: int) -> None:
             """Random numbers of the step, so that a resumed run repeats them."""
@@ -76,33 +66,20 @@ def module_class() -> type:
             return float(self.optimizers().param_groups[0]["lr"])
 
         def score(self) -> float:
-            """Mean loss of the held-out events, with the same noise each time."""
+            """Mean loss of all held-out events, with the same noise each time."""
             generator = torch.Generator(self.device).manual_seed(self.options["seed"])
             total, count = 0.0, 0.0
             for rows in self.held:
                 batch = tuple(t.to(self.device) for t in rows)
                 share = float(rows[-1].sum())
+                if not share:
+                    continue
                 total += share * float(self.objective(batch, generator))
                 count += share
             return total / count
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
-            checkpoint["flowpost.generators"] = {
-                "rows": self.rows,
-                "best": self.best,
-                "best_epoch": self.best_epoch,
-                "best_state": self.best_state,
-                "average": self.average,
-                "options": self.options,
-            }
-
-        def take(self, kept: dict[str, Any]) -> None:
-            """Take up history and best weights."""
-            self.rows = list(kept["rows"])
-            self.best, self.best_epoch = kept["best"], kept["best_epoch"]
-            self.best_state, self.average = kept["best_state"], kept["average"]
-            self.before = self.rows[-1]["seconds"] if self.rows else 0.0
-            self.events.epoch = len(self.rows)
+            checkpoint["flowpost.generators"] = {**self.course.state(), "options": self.options}
 
     return Training

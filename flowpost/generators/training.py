@@ -1,9 +1,8 @@
-"""What trainings of generators share: events in batches, averaged weights, the best of them."""
+"""What trainings of generators share: events in batches, epochs and their history."""
 
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require
-from .._lightning import forked, quiet, trainer_of
+from .._course import Course, share_kept
+from .._lightning import forked, quiet, trainer_of, validation
 
 __all__ = [
     "Batches",
@@ -24,9 +24,6 @@ __all__ = [
     "divided",
     "run",
 ]
-
-# of each step's running average of the weights
-_AVERAGE = 0.998
 
 Rows: TypeAlias = tuple[Tensor, ...]
 
@@ -76,20 +73,28 @@ class GeneratorHistory:
 
 
 class Batches:
-    """Rows of events in batches, in another order in every epoch."""
+    """Rows of events in batches, in another order in every epoch.
 
-    def __init__(self, rows: Rows, size: int, seed: int) -> None:
+    Arguments:
+        rows: Data, labels and what else there is of each event.
+        size: Events of a batch, at most.
+        seed: Of the orders.
+        whole: Have every event in every epoch, in batches whose sizes differ by one at most. Else
+            all batches are of one size, and the events that are left come in the next epochs.
+    """
+
+    def __init__(self, rows: Rows, size: int, seed: int, whole: bool = False) -> None:
         self.rows, self.size = rows, min(size, len(rows[0]))
-        self.seed, self.epoch = seed, 0
+        self.seed, self.whole, self.epoch = seed, whole, 0
 
     def __len__(self) -> int:
-        return len(self.rows[0]) // self.size
+        full, left = divmod(len(self.rows[0]), self.size)
+        return full + (self.whole and left > 0)
 
     def __iter__(self) -> Iterator[Rows]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.rows[0]), generator=generator).to(self.rows[0].device)
-        # an incomplete batch is left out: its events come in the next epochs
-        for chosen in order[: len(self) * self.size].split(self.size):
+        for chosen in order[: len(self) * self.size].tensor_split(len(self)):
             yield tuple(t[chosen] for t in self.rows)
 
 
@@ -140,19 +145,14 @@ def averaged_class() -> type:
         ) -> None:
             super().__init__()
             self.network, self.learned, self.events = network, list(learned), events
-            self.rows: list[dict[str, float]] = []
-            self.best, self.best_epoch = math.inf, 0
-            self.best_state: list[Tensor] | None = None
-            self.average: list[Tensor] | None = None
+            self.course = Course(network, self.learned)
             self.failure: ValueError | None = None
             self.seen: list[list[float]] = [[] for _ in range(losses)]
-            self.before, self._start = 0.0, time.monotonic()
 
         def on_train_epoch_start(self) -> None:
             """Forget the losses of the last epoch."""
             self.seen = [[] for _ in self.seen]
-            if self.average is not None:
-                self.average = [t.to(self.device) for t in self.average]
+            self.course.to(self.device)
 
         def finite(self, value: Tensor) -> bool:
             """Whether there is a loss; the training ends where there is none."""
@@ -167,71 +167,30 @@ def averaged_class() -> type:
 
         def follow(self, step: int) -> None:
             """Take the weights after a step into their running average."""
-            now = [p.data for p in self.learned]
-            if self.average is None:
-                self.average = [p.clone() for p in now]
-                return
-            keep = min(_AVERAGE, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.average, now, 1 - keep)
-
-        def _swap(self) -> None:
-            for own, mean in zip(self.learned, self.average or [], strict=False):
-                kept = own.data.clone()
-                own.data.copy_(mean)
-                mean.copy_(kept)
-
-        def _state(self) -> list[Tensor]:
-            return [p.data for p in (*self.learned, *self.network.buffers())]
+            self.course.follow(share_kept(step))
 
         def validate(self) -> None:
             """Loss of the averaged weights on the held-out events, and the best of them."""
-            if self.failure is not None:
-                return
-            self._swap()
-            self.network.eval()
             with torch.no_grad():
-                value = self.score()
-            if math.isfinite(value) and value < self.best:
-                self.best, self.best_epoch = value, len(self.rows) + 1
-                self.best_state = [t.clone() for t in self._state()]
-            self._swap()
-            self.network.train()
+                value = self.course.validated(self.score)
             means = [sum(s) / len(s) if s else math.nan for s in self.seen]
             row = GeneratorEpoch(
-                epoch=len(self.rows) + 1,
+                epoch=self.course.next_epoch,
                 train=means[0],
                 val=value,
                 lr=self.rate(),
-                seconds=self.before + time.monotonic() - self._start,
+                seconds=self.course.seconds,
                 critic=means[1] if len(means) > 1 else math.nan,
             )
-            self.rows.append(asdict(row))
+            self.course.rows.append(asdict(row))
             self.log("val_loss", value, prog_bar=True, batch_size=1)
-            self.events.epoch = len(self.rows)
-
-        def restore_best(self) -> None:
-            """Put the best weights into the network."""
-            if self.best_state is not None:
-                for own, best in zip(self._state(), self.best_state, strict=True):
-                    own.copy_(best)
+            self.events.epoch = len(self.course.rows)
 
     return Averaged
 
 
-def _validation() -> Any:
-    lightning: Any = require("lightning.pytorch", "train")
-
-    class Validation(lightning.Callback):
-        """Look at the held-out events after each epoch, before the state is written."""
-
-        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-            module.validate()
-
-    return Validation()
-
-
 def run(
-    module: Any, epochs: int, *, score: str, resumed: dict[str, Any] | None = None, **options: Any
+    module: Any, epochs: int, *, score: str, start: dict[str, Any] | None = None, **options: Any
 ) -> GeneratorHistory:
     """Train a module of `averaged_class`, and leave its network with the best weights.
 
@@ -239,34 +198,35 @@ def run(
         module: The module, with its events.
         epochs: Passes over the events.
         score: What it validates by.
-        resumed: Of the trainer's `fit`, where the training goes on.
+        start: Options of the trainer's `fit`, where the training goes on.
         options: Those of `trainer_of`.
 
     Raises:
         ValueError: If the training diverged before its first validation.
     """
-    like = module.learned[0]
+    like, course = module.learned[0], module.course
+    module.events.epoch = len(course.rows)
     home, double = like.device, like.dtype == torch.float64
     with forked(), quiet():
         precision = "64-true" if double else "32-true"
-        trainer = trainer_of(epochs, precision=precision, callbacks=[_validation()], **options)
+        trainer = trainer_of(epochs, precision=precision, callbacks=[validation()], **options)
         module.train()
         try:
-            if len(module.rows) < epochs:
-                trainer.fit(module, module.events, **(resumed or {}))
+            if len(course.rows) < epochs:
+                trainer.fit(module, module.events, **(start or {}))
         finally:
-            module.restore_best()
+            course.restore()
             module.to(home).eval()
-    if module.best_state is None:
+    if course.best_state is None:
         raise module.failure or ValueError(
             f"Expected a finite {score}; got none in any epoch. Lower lr, and look for extreme "
             "data and weights."
         )
     if module.failure is not None:
         warnings.warn(
-            f"The training stopped in epoch {len(module.rows) + 1} ({module.failure}); the "
-            f"generator has the weights of epoch {module.best_epoch}.",
+            f"The training stopped in epoch {course.next_epoch} ({module.failure}); the "
+            f"generator has the weights of epoch {course.best_epoch}.",
             stacklevel=4,
         )
-    rows = tuple(GeneratorEpoch(**row) for row in module.rows)
-    return GeneratorHistory(rows, rows[module.best_epoch - 1], score)
+    rows = tuple(GeneratorEpoch(**row) for row in course.rows)
+    return GeneratorHistory(rows, rows[course.best_epoch - 1], score)

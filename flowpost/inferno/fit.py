@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_finite, check_positive_int, require
+from .._course import Course
 from .._events import called, joined, leaves
-from .._lightning import forked, kept_state, quiet, trainer_of
+from .._lightning import forked, quiet, resumed, trainer_of, validation
 from ..encoders import Encoder
 from .history import SummaryEpoch, SummaryHistory
 from .model import CountingModel
-from .module import Portions, module_class, validation
+from .module import Portions, module_class
 from .samples import Batches, Sample, check_samples, split
 from .summary import SummaryModel
 
@@ -98,8 +98,7 @@ def fit(
     for samples in (train, val):
         _check_inputs(network, samples)
     _fit_scale(network, train)
-    module = module_class()(network, loss, val, lr, weight_decay, seed, epochs * len(batches))
-    module.options = {
+    options = {
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,
@@ -111,13 +110,12 @@ def fit(
         "events": {k: _mark(s) for k, s in train.items()},
         "network": {k: list(v.shape) for k, v in network.state_dict().items()},
     }
-    module.batches = batches
-    home = next(network.parameters()).device
-    options: dict[str, Any] = {}
-    if checkpoint is not None and Path(checkpoint).exists():
-        module.take(kept_state(checkpoint, "flowpost.inferno.fit", module.options))
-        options = {"ckpt_path": str(checkpoint), "weights_only": True}
-    batches.set_epoch(len(module.rows))
+    module = module_class()(network, loss, val, batches, options)
+    course, home = module.course, next(network.parameters()).device
+    kept, start = resumed(checkpoint, "flowpost.inferno.fit", options)
+    if kept is not None:
+        course.load(kept)
+    batches.set_epoch(len(course.rows))
     with forked(), quiet():
         trainer = trainer_of(
             epochs,
@@ -131,19 +129,19 @@ def fit(
         torch.manual_seed(seed)
         network.train()
         try:
-            if len(module.rows) < epochs:
-                trainer.fit(module, Portions(batches), **options)
+            if len(course.rows) < epochs:
+                trainer.fit(module, Portions(batches), **start)
         finally:
-            module.restore_best()
+            course.restore()
             # a loop of one's own begins anew with it
             if callable(getattr(loss, "anneal", None)):
                 loss.anneal(0.0)  # type: ignore[attr-defined]
             network.to(home).eval()
     if module.failure is not None:
-        _failed(module)
+        _failed(course, module.failure)
     _warn_dead(network, val)
-    rows = tuple(SummaryEpoch(**row) for row in module.rows)
-    return SummaryHistory(rows, next(r for r in rows if r.epoch == module.best_epoch))
+    rows = tuple(SummaryEpoch(**row) for row in course.rows)
+    return SummaryHistory(rows, rows[course.best_epoch - 1])
 
 
 def _check_inputs(network: nn.Module, samples: dict[str, Sample]) -> None:
@@ -188,12 +186,12 @@ def _fit_scale(network: nn.Module, samples: dict[str, Sample]) -> None:
             )
 
 
-def _failed(module: Any) -> None:
-    if module.best_state is None:
-        raise module.failure
+def _failed(course: Course, failure: ValueError) -> None:
+    if course.best_state is None:
+        raise failure
     warnings.warn(
-        f"The training stopped in epoch {len(module.rows) + 1} ({module.failure}); the network has "
-        f"the weights of epoch {module.best_epoch}.",
+        f"The training stopped in epoch {course.next_epoch} ({failure}); the network has the "
+        f"weights of epoch {course.best_epoch}.",
         stacklevel=3,
     )
 

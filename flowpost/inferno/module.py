@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -12,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require
+from .._course import Course, share_kept
+from .._lightning import adamw
 from .history import SummaryEpoch
 from .samples import Batches, Sample
 from .summary import SoftBins
 
-__all__ = ["Portions", "module_class", "validation"]
+__all__ = ["Portions", "module_class"]
 
-# of each step's running average of the weights, some five epochs of 100 batches
-_AVERAGE = 0.998
+# share of the steps in which the learning rate rises
+_WARM_UP = 0.15
 
 
 class Portions:
@@ -42,20 +43,6 @@ class Portion:
         self.samples = samples
 
 
-def validation() -> Any:
-    """The Lightning callback that validates, defined on first use as the module is."""
-    lightning: Any = require("lightning.pytorch", "train")
-
-    class Validation(lightning.Callback):
-        """Look at all validation events after each epoch, before the state is written."""
-
-        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-            if module.failure is None:
-                module.validate()
-
-    return Validation()
-
-
 def module_class() -> type:
     """The LightningModule, defined on first use because Lightning is an extra."""
     lightning: Any = require("lightning.pytorch", "train")
@@ -68,51 +55,31 @@ def module_class() -> type:
             network: nn.Module,
             loss: Callable[[nn.Module, Any], Tensor],
             held: dict[str, Sample],
-            lr: float,
-            weight_decay: float,
-            seed: int,
-            steps: int,
+            batches: Batches,
+            options: dict[str, Any],
         ) -> None:
             super().__init__()
-            self.network, self.held = network, held
+            self.network, self.held, self.batches = network, held, batches
             self.loss: Any = loss
-            self.lr, self.weight_decay, self.seed, self.steps = lr, weight_decay, seed, steps
-            self.rows: list[dict[str, float]] = []
-            self.best, self.best_epoch = math.inf, 0
-            self.best_state: dict[str, Tensor] | None = None
-            self.average: list[Tensor] | None = None
+            self.options, self.steps = options, options["epochs"] * len(batches)
+            self.course = Course(network)
             self.failure: ValueError | None = None
-            self.options: dict[str, Any] = {}
-            self.batches: Any = None
             self._seen: list[float] = []
-            self._before, self._start = 0.0, time.monotonic()
 
         def configure_optimizers(self) -> Any:
             """AdamW, decaying matrices only, through one cycle of the learning rate."""
-            some = [p for p in self.network.parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for p in some if p.ndim > 1], "weight_decay": self.weight_decay},
-                {"params": [p for p in some if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr)
-            cycle = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer,
-                self.lr,
-                total_steps=max(6, self.steps),
-                pct_start=0.15,
-                cycle_momentum=False,
-            )
-            return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+            learned = [p for p in self.network.parameters() if p.requires_grad]
+            lr, decay = self.options["lr"], self.options["weight_decay"]
+            return adamw(learned, lr, decay, self.steps, _WARM_UP)
 
         def on_train_epoch_start(self) -> None:
             """Forget the losses of the last epoch."""
             self._seen = []
-            if self.average is not None:
-                self.average = [t.to(self.device) for t in self.average]
+            self.course.to(self.device)
 
         def on_train_batch_start(self, batch: Any, index: int) -> None:
             """Random numbers and annealing of the step, so that a resumed run repeats them."""
-            torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+            torch.manual_seed(self.options["seed"] * 1_000_003 + self.global_step)
             progress = min(1.0, self.global_step / max(1, self.steps - 1))
             for part in (self.loss, *self.network.modules()):
                 if callable(getattr(part, "anneal", None)):
@@ -138,76 +105,40 @@ def module_class() -> type:
 
         def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
             """Follow the weights by their running average."""
-            learned = [p.data for p in self.network.parameters()]
-            if self.average is None:
-                self.average = [p.clone() for p in learned]
-                return
-            keep = min(_AVERAGE, (1 + self.global_step) / (10 + self.global_step))
-            torch._foreach_lerp_(self.average, learned, 1 - keep)
-
-        def _swap(self) -> None:
-            for own, mean in zip(self.network.parameters(), self.average or [], strict=False):
-                kept = own.data.clone()
-                own.data.copy_(mean)
-                mean.copy_(kept)
+            self.course.follow(share_kept(self.global_step))
 
         def validate(self) -> None:
             """Loss of the averaged weights, and the best of them."""
-            self._swap()
-            self.network.eval()
             try:
-                value = _validated(self.loss, self.network, self.held)
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"Expected a finite validation loss; got {value}. Lower lr, and look for "
-                        "extreme inputs and weights."
-                    )
+                value = self.course.validated(self._score)
             except ValueError as error:
-                value, self.failure = math.nan, error
-            if math.isfinite(value) and value < self.best:
-                self.best, self.best_epoch = value, len(self.rows) + 1
-                state = self.network.state_dict()
-                self.best_state = {k: v.detach().clone() for k, v in state.items()}
-            self._swap()
-            self.network.train()
-            if self.failure is not None:
-                self.trainer.should_stop = True
+                self.failure, self.trainer.should_stop = error, True
                 return
             bins = [m for m in self.network.modules() if isinstance(m, SoftBins)]
             row = SummaryEpoch(
-                epoch=len(self.rows) + 1,
+                epoch=self.course.next_epoch,
                 train=sum(self._seen) / max(1, len(self._seen)),
                 val=value,
                 temperature=bins[0].temperature if bins else math.nan,
                 lr=float(self.optimizers().param_groups[0]["lr"]),
-                seconds=self._before + time.monotonic() - self._start,
+                seconds=self.course.seconds,
             )
-            self.rows.append(asdict(row))
+            self.course.rows.append(asdict(row))
             self.log("val_loss", value, prog_bar=True, batch_size=1)
-            self.batches.set_epoch(len(self.rows))
+            self.batches.set_epoch(len(self.course.rows))
+
+        def _score(self) -> float:
+            value = _validated(self.loss, self.network, self.held)
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"Expected a finite validation loss; got {value}. Lower lr, and look for "
+                    "extreme inputs and weights."
+                )
+            return value
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
-            checkpoint["flowpost.inferno.fit"] = {
-                "rows": self.rows,
-                "best": self.best,
-                "best_epoch": self.best_epoch,
-                "best_state": self.best_state,
-                "average": self.average,
-                "options": self.options,
-            }
-
-        def take(self, kept: dict[str, Any]) -> None:
-            """Take up history and best weights."""
-            self.rows = list(kept["rows"])
-            self.best, self.best_epoch = kept["best"], kept["best_epoch"]
-            self.best_state, self.average = kept["best_state"], kept["average"]
-            self._before = self.rows[-1]["seconds"] if self.rows else 0.0
-
-        def restore_best(self) -> None:
-            """Put the best weights into the network."""
-            if self.best_state is not None:
-                self.network.load_state_dict(self.best_state)
+            checkpoint["flowpost.inferno.fit"] = {**self.course.state(), "options": self.options}
 
     return Training
 

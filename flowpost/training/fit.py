@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .._checks import check_positive_int, require
 from .._events import called
-from .._lightning import forked, kept_state, quiet, trainer_of
+from .._lightning import forked, one_cycle, quiet, resumed, trainer_of
 from ..head import PosteriorHead
 from ..masks import read_mask
 from ..model import PosteriorModel
@@ -29,12 +29,14 @@ from .data import (
     split,
 )
 from .history import Epoch, History
-from .module import Schedule, module_class, one_cycle
+from .module import Schedule, module_class
 
 __all__ = ["fit"]
 
 # of the head's conditioners, measured by benchmarks/defaults.py
 _DROPOUT = 0.1
+# share of the steps in which the learning rate rises
+_WARM_UP = 0.2
 # epochs of settling at the end, at most a tenth of all
 _SETTLE, _SETTLE_SHARE = 5, 10
 
@@ -128,6 +130,7 @@ def fit(
     batches = loader(train, batch_size, seed, shuffle=True, workers=workers)
     held = loader(fixed(val), max(batch_size, 1024), seed, shuffle=False, workers=workers)
     module = module_class()(model, lr, weight_decay, _schedule(schedule), seed, signed_weights)
+    course = module.course
     module.wanted, module.followers = wanted, followers(batches)
     module.start_epoch(0)
     home = next(model.parameters()).device
@@ -158,13 +161,10 @@ def fit(
             "model": {k: list(v.shape) for k, v in model.state_dict().items()},
             "head": {**model.head.config(), "referenced": model.head.referenced.tolist()},
         }
-        options: dict[str, Any] = {}
-        kept = None
-        if checkpoint is not None and Path(checkpoint).exists():
-            kept = kept_state(checkpoint, "flowpost.fit", module.options)
+        kept, start = resumed(checkpoint, "flowpost.fit", module.options)
+        if kept:
             _start_epoch(batches, len(kept["rows"]))
             module.start_epoch(len(kept["rows"]))
-            options = {"ckpt_path": str(checkpoint), "weights_only": True}
         module._seed(len(kept["rows"]) if kept else 0)
         heads = [m for m in model.modules() if isinstance(m, PosteriorHead)]
         before = [head.flow.dropout for head in heads]
@@ -178,9 +178,9 @@ def fit(
                 module.on_load_checkpoint({"flowpost.fit": kept})
                 stopped = True
             else:
-                trainer.fit(module, batches, held, **options)
+                trainer.fit(module, batches, held, **start)
                 stopped = trainer.should_stop and not module.diverged
-            if settle and module.best_state and not (module.diverged or trainer.interrupted):
+            if settle and course.best_state and not (module.diverged or trainer.interrupted):
                 module.settle()
                 trainer_of(settle, **common).fit(module, batches, held)
         finally:
@@ -190,21 +190,21 @@ def fit(
             model.to(home).eval()
     if module.diverged:
         warnings.warn(
-            f"The training diverged in epoch {len(module.rows)}; the model has the weights of "
-            f"epoch {module.best_epoch}. A lower lr helps.",
+            f"The training diverged in epoch {len(course.rows)}; the model has the weights of "
+            f"epoch {course.best_epoch}. A lower lr helps.",
             stacklevel=2,
         )
-    if module.rows and module.best_state is None:
+    if course.rows and course.best_state is None:
         raise ValueError(
             "Expected a finite validation NLL in some epoch; got none. Lower lr, and look for "
             "extreme inputs."
         )
-    if not module.rows:
+    if not course.rows:
         raise ValueError(
             "Expected at least one epoch with a validation; got none. Look at the Trainer's limits."
         )
-    rows = tuple(Epoch(**row) for row in module.rows)
-    best = next(r for r in reversed(rows) if r.epoch == module.best_epoch)
+    rows = tuple(Epoch(**row) for row in course.rows)
+    best = next(r for r in reversed(rows) if r.epoch == course.best_epoch)
     settled = settle if module.settling else 0
     return History(rows, best, stopped, settled=settled, snapshots=module.snapshots)
 
@@ -258,7 +258,7 @@ def _schedule(schedule: str | Schedule | None) -> Schedule | None:
     if schedule is None or callable(schedule):
         return schedule
     if schedule == "one-cycle":
-        return one_cycle
+        return partial(one_cycle, warm_up=_WARM_UP)
     raise ValueError(
         f"Expected schedule as 'one-cycle', None or a function of (optimizer, steps); got "
         f"{schedule!r}."

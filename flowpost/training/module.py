@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import as_tensor, require
+from .._course import Course, share_kept
 from .._normal import chi2_level
 from .._weights import check_weights, weighted_mean
 from ..diagnostics import LevelCoverage, level_coverage
@@ -41,17 +41,6 @@ _PARTS = ("posterior", "data")
 Schedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm up over a fifth of the steps, then anneal to nothing.
-
-    Source: *Super-Convergence*, L. N. Smith, N. Topin, 2017, https://arxiv.org/abs/1708.07120.
-    """
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peaks, total_steps=max(6, steps), pct_start=0.2, cycle_momentum=False
-    )
-
-
 def module_class() -> type:
     """The LightningModule, defined on first use because Lightning is an extra."""
     lightning = require("lightning.pytorch", "train")
@@ -72,11 +61,7 @@ def module_class() -> type:
             self.model = model
             self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
             self.seed, self.signed_weights = seed, signed_weights
-            self.rows: list[dict[str, float]] = []
-            self.best_nll = math.inf
-            self.best_epoch = 0
-            self.best_state: dict[str, Tensor] | None = None
-            self.average: list[Tensor] | None = None
+            self.course = Course(model)
             self.wanted: frozenset[int] = frozenset()
             self.snapshots: dict[int, dict[str, Tensor]] = {}
             self.options: dict[str, Any] = {}
@@ -86,8 +71,6 @@ def module_class() -> type:
             self._offset = 0
             self._own_dropout: list[tuple[Any, float]] = []
             self._first = True
-            self._before = 0.0
-            self._start = time.monotonic()
             self._sums = {name: [0.0, 0.0] for name in ("train", "val", *_PARTS)}
             self._base: list[tuple[Tensor, Tensor]] = []
 
@@ -156,9 +139,7 @@ def module_class() -> type:
             if self._first:
                 torch.empty((), dtype=torch.int64).random_()
                 self._first = False
-            if self.average is not None:
-                # a checkpoint is read before the model moves to its device
-                self.average = [t.to(self.device) for t in self.average]
+            self.course.to(self.device)
 
         def on_train_batch_start(self, batch: Any, index: int) -> None:
             """Start the random numbers of the step, so that a resumed run repeats them."""
@@ -171,27 +152,10 @@ def module_class() -> type:
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
 
-        def _learned(self) -> list[Tensor]:
-            # frozen ones too: a callback may thaw them
-            return [p.data for p in self.model.parameters()]
-
         def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
             """Follow the weights by their running average."""
-            learned = self._learned()
-            if self.average is None:
-                self.average = [p.clone() for p in learned]
-                return
-            step = self.global_step
-            keep = _SETTLE_AVERAGE if self.settling else min(_AVERAGE, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.average, learned, 1 - keep)
-
-        def _swap(self) -> None:
-            """Exchange the weights and their average."""
-            if self.average is not None:
-                for own, mean in zip(self._learned(), self.average, strict=True):
-                    kept = own.clone()
-                    own.copy_(mean)
-                    mean.copy_(kept)
+            keep = _SETTLE_AVERAGE if self.settling else share_kept(self.global_step, _AVERAGE)
+            self.course.follow(keep)
 
         def _add(self, part: str, value: Tensor, weight: Any) -> None:
             """Add losses to the sums of a part, with weights that were checked."""
@@ -221,7 +185,7 @@ def module_class() -> type:
             """Forget the sums of the last validation."""
             self._sums |= {name: [0.0, 0.0] for name in ("val", *_PARTS)}
             self._base = []
-            self._swap()
+            self.course.swap()
 
         def validation_step(self, data: Any, index: int) -> None:
             """Log density, and base coordinates of the events that have all labels."""
@@ -246,7 +210,7 @@ def module_class() -> type:
         def on_validation_epoch_end(self) -> None:
             """Log the validation and keep the weights if it is the best so far."""
             if self.trainer.sanity_checking:
-                self._swap()
+                self.course.swap()
                 return
             nll, total = self._sums["val"]
             if not total > 0:
@@ -274,20 +238,18 @@ def module_class() -> type:
                 coverage90=within(0.9),
                 ks_pvalue=float(ks),
                 lr=float(group["lr"]) / group["rate"],
-                seconds=self._before + time.monotonic() - self._start,
+                seconds=self.course.seconds,
                 **parts,
             )
             if self.logger is not None:
                 self.log_dict({"coverage68": row.coverage68, "coverage90": row.coverage90})
-            self.rows.append(asdict(row))
+            self.course.rows.append(asdict(row))
             # a settled model counts as better where it is as good: its widths fit its weights
             allowance = _SETTLE_LOSS if self.settling else 0.0
-            if math.isfinite(nll) and nll < self.best_nll + allowance:
-                self.best_nll, self.best_epoch = min(nll, self.best_nll), row.epoch
-                self.best_state = self._state()
+            self.course.keep(nll, row.epoch, allowance)
             if row.epoch in self.wanted:
-                self.snapshots[row.epoch] = {k: v.cpu() for k, v in self._state().items()}
-            self._swap()
+                self.snapshots[row.epoch] = {k: v.cpu() for k, v in self.course.now().items()}
+            self.course.swap()
 
         def _coverage(self) -> LevelCoverage | None:
             u, weight = (torch.cat(parts) for parts in zip(*self._base, strict=True))
@@ -297,17 +259,10 @@ def module_class() -> type:
                 return None
             return level_coverage(chi2_level(u.double()), weight=weight)
 
-        def _state(self) -> dict[str, Tensor]:
-            return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Keep history and best weights beside the last ones."""
             checkpoint["flowpost.fit"] = {
-                "rows": self.rows,
-                "best_nll": self.best_nll,
-                "best_epoch": self.best_epoch,
-                "best_state": self.best_state,
-                "average": self.average,
+                **self.course.state(),
                 "snapshots": self.snapshots,
                 "options": self.options,
                 "stopped": self.trainer.should_stop,
@@ -316,18 +271,14 @@ def module_class() -> type:
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             """Take up history and best weights."""
             kept = checkpoint["flowpost.fit"]
-            self.rows = list(kept["rows"])
-            self.best_nll, self.best_epoch = kept["best_nll"], kept["best_epoch"]
-            self.best_state = kept["best_state"]
-            self.average = kept["average"]
+            self.course.load(kept)
             self.snapshots = kept["snapshots"]
-            self._before = self.rows[-1]["seconds"] if self.rows else 0.0
 
         def settle(self) -> None:
             """Begin the last epochs: from the best weights, at a low rate and without dropout."""
             self.restore_best()
-            self.settling, self._offset = True, int(self.rows[-1]["epoch"])
-            self.average = [p.clone() for p in self._learned()]
+            self.settling, self._offset = True, int(self.course.rows[-1]["epoch"])
+            self.course.begin()
             self.model.eval()
             # the gradient of recurrent layers needs the training mode
             module: Any
@@ -342,7 +293,6 @@ def module_class() -> type:
             for module, rate in self._own_dropout:
                 module.dropout = rate
             self._own_dropout = []
-            if self.best_state is not None:
-                self.model.load_state_dict(self.best_state)
+            self.course.restore()
 
     return Training
