@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.01)
     parser.add_argument("--fast", action="store_true", help="little training, for tests")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     size, epochs, held, draws = (2000, 2, 400, 20) if args.fast else (30_000, 12, 4000, 100)
     telescope = Telescope()
     model = train(telescope, telescope.sample(size, seed=1), epochs)

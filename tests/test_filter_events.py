@@ -19,13 +19,12 @@ def folder(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("filter_events", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    threads, argv = torch.get_num_threads(), sys.argv
+    argv = sys.argv
     sys.argv = ["filter_events.py", "--fast", "--out", str(out)]
     try:
         module.main()
     finally:
         sys.argv = argv
-        torch.set_num_threads(threads)
     return out
 
 

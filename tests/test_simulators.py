@@ -15,7 +15,7 @@ TELESCOPE = Telescope()
 
 @pytest.fixture(scope="module")
 def events():
-    return TELESCOPE.sample(300, seed=5)
+    return TELESCOPE.sample(160, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +203,11 @@ def test_angles_are_periodic_and_seen(events):
 
 
 def test_telescope_randomness(events):
-    again = TELESCOPE.sample(300, torch.Generator().manual_seed(5))
+    again = TELESCOPE.sample(160, torch.Generator().manual_seed(5))
     for name in ("z", "angle", "images", "hits", "lengths"):
         assert torch.equal(getattr(events, name), getattr(again, name)), name
     state = torch.get_rng_state()
-    assert not torch.equal(TELESCOPE.sample(300, seed=6).z, events.z)
+    assert not torch.equal(TELESCOPE.sample(160, seed=6).z, events.z)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -266,7 +266,7 @@ def test_density_is_that_of_bayes(events, true_images):
 
 
 @pytest.mark.parametrize(
-    ("images", "hits"), [(6, 2), pytest.param(150, 40, marks=pytest.mark.slow)]
+    ("images", "hits"), [(4, 1), pytest.param(150, 40, marks=pytest.mark.slow)]
 )
 def test_resolution_doubling(events, images, hits):
     part = events[:images]
