@@ -16,6 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -160,17 +161,11 @@ def one_sided_weights(seed: int, n: int) -> float:
     return small(x, y, seed=seed, weight_y=np.exp(0.125 - 0.5 * y[:, 0]))
 
 
-def unstudentised(seed: int, n: int) -> float:
-    """Heavier weights, largest at the highest score -x0; the AUC itself is the statistic."""
-    return scored(seed, n, studentise=False)
-
-
-def studentised(seed: int, n: int) -> float:
-    """The same divided by its error in each permutation."""
-    return scored(seed, n, studentise=True)
-
-
 def scored(seed: int, n: int, studentise: bool) -> float:
+    """Heavier weights, largest at the highest score -x0; the AUC is the statistic.
+
+    Studentised, it is divided by its error in each permutation.
+    """
     rng = np.random.default_rng(seed)
     m = 5 * n
     x, y = rng.normal(size=3 * m), 1 + rng.normal(size=m)
@@ -195,8 +190,8 @@ NULLS: dict[str, Callable[[int, int], float]] = {
     "pairs": pairs,
     "weights of one kind": alike_weights,
     "weights of one sample": one_sided_weights,
-    "heavy weights of one sample": studentised,
-    "the same, AUC not studentised": unstudentised,
+    "heavy weights of one sample": partial(scored, studentise=True),
+    "the same, AUC not studentised": partial(scored, studentise=False),
     "pooled folds, analytic error": pooled_folds,
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import flowpost as fp
 from flowpost.calibration import Recalibrator, conformal_levels
-from flowpost.diagnostics import LocalCoverage, hpd_levels, local_coverage
+from flowpost.diagnostics import hpd_levels, local_coverage
 
 SIGMA = math.sqrt(0.2)
 NAMES = ("x0", "x1")
@@ -118,13 +118,11 @@ def conformal(args: argparse.Namespace) -> None:
             )
 
 
-def tested(n: int, seed: int, narrow: bool, **options: object) -> LocalCoverage:
-    """Local coverage of the exact head, or of one with widths × 0.7 where x0 > 1."""
+def seen(n: int, seed: int, narrow: bool) -> tuple[Tensor, Tensor]:
+    """Base coordinates of the exact head, or of one with widths × 0.7 where x0 > 1; and inputs."""
     x, z = measured(n, 10_000 + seed)
     u = model_of()(x).to_base(z)
-    if narrow:
-        u = torch.where(x[:, :1] > 1, u / 0.7, u)
-    return local_coverage(u, x, names=NAMES, seed=seed, **options)
+    return torch.where(x[:, :1] > 1, u / 0.7, u) if narrow else u, x
 
 
 def local(args: argparse.Namespace) -> None:
@@ -133,10 +131,9 @@ def local(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|")
     for n in (1000, args.events):
         for seed in range(args.seeds):
-            result = tested(n, seed, True, trials=args.trials)
-            x, z = measured(n, 10_000 + seed)
-            u = model_of()(x).to_base(z)
-            plain = fp.coverage(torch.where(x[:, :1] > 1, u / 0.7, u)).ks_pvalue
+            u, x = seen(n, seed, True)
+            result = local_coverage(u, x, names=NAMES, seed=seed, trials=args.trials)
+            plain = fp.coverage(u).ks_pvalue
             worst = next(r for r in result.regions if r.bounds)
             print(
                 f"| {n} | {plain:.2g} | {result.p_value:.3g} | {worst.name}, {worst.p_value:.2g} "
@@ -150,7 +147,8 @@ def null(args: argparse.Namespace) -> None:
     p, regions, alarms = [], [], 0
     for seed in range(args.nulls):
         # ends as soon as one trial is above: p = 1/l is exact, and at most 0.05 for none of 19
-        result = tested(args.events_null, seed, False, trials=19, stop=1)
+        u, x = seen(args.events_null, seed, False)
+        result = local_coverage(u, x, names=NAMES, seed=seed, trials=19, stop=1)
         p.append(result.p_value)
         regions.append(min(r.p_value for r in result.regions))
         alarms += bool(result.failing)

@@ -197,36 +197,21 @@ def student(x: Tensor, energy: Tensor, args: argparse.Namespace) -> Draw:
     return model.sample
 
 
-def _network(args: argparse.Namespace) -> NoiseNetwork:
-    torch.manual_seed(args.seed)
-    return NoiseNetwork(fp.Positive(), 78, noise=100, hidden=256, output=nn.ReLU())
+def network(train: Callable[..., Any], *own: str) -> Callable[..., Draw]:
+    """A sampling-only network; `own` are options of its training among the arguments."""
 
+    def make(x: Tensor, energy: Tensor, args: argparse.Namespace) -> Draw:
+        torch.manual_seed(args.seed)
+        net = NoiseNetwork(fp.Positive(), 78, noise=100, hidden=256, output=nn.ReLU())
+        options = {name: getattr(args, name) for name in ("seed", *own)}
+        epochs = 1 if args.fast else 40
+        history = train(
+            net, to_log(x), energy, views=[layer_logs], epochs=epochs, progress=False, **options
+        )
+        print(f"  {history}")
+        return lambda e, g: from_log(net.sample(e, g))
 
-def energy_distance(x: Tensor, energy: Tensor, args: argparse.Namespace) -> Draw:
-    net = _network(args)
-    epochs = 1 if args.fast else 40
-    history = fit_energy(
-        net, to_log(x), energy, views=[layer_logs], epochs=epochs, seed=args.seed, progress=False
-    )
-    print(f"  {history}")
-    return lambda e, g: from_log(net.sample(e, g))
-
-
-def wasserstein(x: Tensor, energy: Tensor, args: argparse.Namespace) -> Draw:
-    net = _network(args)
-    epochs = 1 if args.fast else 40
-    history = fit_critic(
-        net,
-        to_log(x),
-        energy,
-        views=[layer_logs],
-        epochs=epochs,
-        penalty=args.penalty,
-        seed=args.seed,
-        progress=False,
-    )
-    print(f"  {history}")
-    return lambda e, g: from_log(net.sample(e, g))
+    return make
 
 
 GENERATORS: dict[str, Callable[..., Draw]] = {
@@ -239,8 +224,8 @@ GENERATORS: dict[str, Callable[..., Draw]] = {
     "teacher, no noise": teacher(None),
     "student": student,
     "vae": vae,
-    "energy": energy_distance,
-    "wasserstein": wasserstein,
+    "energy": network(fit_energy),
+    "wasserstein": network(fit_critic, "penalty"),
 }
 
 

@@ -91,7 +91,12 @@ def check_positive_int(value: Any, name: str, minimum: int = 1) -> int:
     Raises:
         ValueError: If it is not a whole number or too small.
     """
-    if isinstance(value, bool) or int(value) != value or value < minimum:
+    try:
+        whole = not isinstance(value, bool) and int(value) == value >= minimum
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        # None, NaN and infinity, text, several numbers
+        whole = False
+    if not whole:
         raise ValueError(f"Expected {name} as a whole number of at least {minimum}; got {value!r}.")
     return int(value)
 

@@ -75,9 +75,12 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def chosen(value: Any, events: Tensor) -> Any:
-    """Rows of tensors, or of tuples and dicts of them, at indices or where a mask is True."""
-    return mapped(value, lambda t: torch.as_tensor(t)[events])
+def chosen(value: Any, events: Tensor, device: torch.device | None = None) -> Any:
+    """Rows of tensors, or of tuples and dicts of them, at indices or where a mask is True.
+
+    They are put on a device; by default they stay where they are.
+    """
+    return mapped(value, lambda t: torch.as_tensor(t)[events].to(device))
 
 
 def called(function: Callable[..., Any], x: Any) -> Any:

@@ -169,6 +169,25 @@ def test_errors_say_what_was_expected(case):
         call()
 
 
+def test_repr_tells_the_metric_and_its_options():
+    assert repr(Align(weight=5)) == "Align(energy_distance, per_class=True, weight=5, min_events=2)"
+    biased = partial(energy_distance, unbiased=False, chunk=8)
+    assert repr(Align(biased, per_class=False, weight=0.5)) == (
+        "Align(energy_distance(unbiased=False, chunk=8), per_class=False, weight=0.5, min_events=2)"
+    )
+    sliced = partial(sliced_wasserstein, p=1, projections=torch.eye(3))
+    assert repr(Align(sliced)).startswith("Align(sliced_wasserstein(p=1), per_class=True")
+
+    class Own:
+        def __call__(self, x, y):
+            return x.mean() - y.mean()
+
+        def __repr__(self):
+            return "Own()"
+
+    assert repr(Align(Own())).startswith("Align(Own(), per_class=True")
+
+
 def test_code_of_the_page_runs():
     page = (ROOT / "docs" / "alignment.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

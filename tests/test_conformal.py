@@ -174,6 +174,45 @@ def test_of_a_recalibrated_posterior():
         Conformal(given).fit(x[2000:], z[2000:])
 
 
+def test_a_recalibrated_posterior_is_encoded_once():
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    x, z = measured(1200, 0)
+    encoder = Counting()
+    recalibrated = Recalibrator(fp.PosteriorModel(encoder, head(0.7)), bins=[0.0])
+    recalibrated.fit(x, z, by=x[:, 0])
+    before = encoder.calls
+    conformal = Conformal(recalibrated, bins=[0.0]).fit(x, z, by=x[:, 0])
+    assert encoder.calls == before + 1
+    x, z = measured(500, 1)
+    q = recalibrated(x, by=x[:, 0])
+    inside = q.credibility(z).double() <= conformal.level(0.8, x, by=x[:, 0])
+    assert torch.equal(conformal.contains(x, z, 0.8, by=x[:, 0]), inside)
+
+
+def test_levels_of_bins_want_to_know_the_bin():
+    x, z = measured(1000, 0)
+    for by, wanted in (
+        (x[:, 0], "x of the events and their values of by"),
+        (lambda x: x[:, 0], "x of the events"),
+    ):
+        conformal = Conformal(head()).fit(x, z, by=by)
+        for ask in (conformal.level, conformal.radius):
+            with pytest.raises(ValueError, match=f"Expected {wanted}; got None. There are 4 bins"):
+                ask(0.9)
+    assert Conformal(head()).fit(x, z).level(0.9).shape == ()
+    # without context, the values are enough
+    free = Conformal(fp.PosteriorHead(0, fp.Real(2), flow="diagonal")).fit(None, z, by=x[:, 0])
+    assert free.level(0.9, by=x[:5, 0]).shape == (5,)
+    with pytest.raises(ValueError, match="Expected by=… with the values"):
+        free.level(0.9)
+
+
 @pytest.mark.parametrize("how", ["function", "values"])
 def test_bins_hold_as_much_each(how):
     """A head that is too narrow only where x0 > 0.5."""
@@ -232,4 +271,11 @@ def test_mistakes():
         Conformal(head(), bins=[-100.0]).fit(x, z, by=x[:, 0])
     with pytest.raises(ValueError, match="as many events as there are labels"):
         Conformal(head()).fit(x[:50], z)
+    with pytest.raises(ValueError, match=r"by of as many events .* 100; got \[99\]"):
+        Conformal(head()).fit(x, z, by=x[1:, 0])
+    with pytest.raises(ValueError, match=r"Expected labels as a tensor .* got a dict"):
+        Conformal(head()).fit(x, {"a": z[:, 0], "b": z[:, 1]})
+    for by in (None, x[:0, 0]):
+        with pytest.raises(ValueError, match="labels of at least one event"):
+            Conformal(head()).fit(x[:0], z[:0], by=by)
     assert str(Conformal(head())) == "Conformal base levels, not fitted"

@@ -410,6 +410,8 @@ BAD = [
     (lambda: sliced_wasserstein(X, X, projections=0), "projections as a whole number"),
     (lambda: sliced_wasserstein(X, X, projections=torch.eye(2)), r"projections of shape \(P, 1\)"),
     (lambda: sliced_wasserstein(X, X, projections=torch.zeros(0, 1)), "at least one direction"),
+    (lambda: distance_correlation(X, X * math.nan), "Expected finite y; got nan"),
+    (lambda: distance_correlation(X, X[None, None]), r"Expected y of shape \(N,\) or \(N, D\)"),
     (lambda: distance_correlation(X, X[:3]), "a y of each event of x; got 3 for 4"),
     (lambda: distance_correlation(X, X, torch.ones(4), unbiased=True), "events with weights"),
     (lambda: distance_correlation(X[:3], X[:3], unbiased=True), "at least four events"),

@@ -658,6 +658,9 @@ def test_edges_in_words_differ():
         ({"z": torch.zeros(0, 2)}, "at least one event"),
         ({"x": torch.zeros(50, 2), "z": torch.zeros(50, 2)}, "at least 100 .* got 50"),
         ({"by": "energy"}, "Expected by as a label column, .* got 'energy'"),
+        ({"by": torch.zeros(499)}, r"by of as many events as there are labels, 500; got \[499\]"),
+        ({"reference": torch.zeros(9, 2)}, r"reference of as many events .* 500; got \[9\]"),
+        ({"z": {"a": torch.zeros(500)}}, "Expected labels as a tensor .* Stack its columns: z"),
         ({"by": torch.full((500,), math.nan)}, "Expected finite by"),
         ({"by": torch.zeros(500)}, "many events have the same value"),
         ({"by": torch.zeros(500, 2)}, "Expected by of shape"),
@@ -670,6 +673,35 @@ def test_mistakes_of_fit(options, match):
     given = {"x": torch.randn(500, 2), "z": torch.randn(500, 2)} | options
     with pytest.raises(ValueError, match=match):
         Recalibrator(gaussian(), bins=6).fit(**given)
+
+
+def test_labels_by_name_are_to_be_packed():
+    space = fp.Product(e=fp.Positive(), t=fp.Real())
+    labels = {"e": torch.rand(600) + 1, "t": torch.randn(600)}
+    head = fp.PosteriorHead(0, space, flow="diagonal")
+    with pytest.raises(ValueError, match=r"got a dict. Give model.head.space.pack\(labels\)"):
+        Recalibrator(head).fit(None, labels)
+    assert Recalibrator(head).fit(None, space.pack(labels)).fitted
+
+
+def test_few_events_are_told_of_once_and_with_what_helps():
+    x, z = measured(1100)
+    edges = x[:, 0].sort().values[[200, 500]].tolist()
+    fitted = Recalibrator(gaussian(), bins=edges)
+    with pytest.warns(UserWarning, match="held-out events") as told:
+        fitted.fit(x, z, by=lambda x: x[:, 0])
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    first, second, _ = fitted.events.intervals()
+    assert str(told[0].message) == (
+        f"200 held-out events with {first}, 300 with {second}: coverage there may be off by 0.12. "
+        "Give more events, fewer bins, or smooth=1."
+    )
+    # where there are no bins, fewer of them are no help
+    with pytest.warns(UserWarning, match=r"off by 0\.09\. Give more events\.$"):
+        Recalibrator(gaussian()).fit(x[:300], z[:300])
+    with pytest.raises(ValueError, match=r"got 50 with all events\. Give more events\.$"):
+        Recalibrator(gaussian()).fit(x[:50], z[:50])
 
 
 def test_mistakes_of_use():

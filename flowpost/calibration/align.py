@@ -50,6 +50,8 @@ class Align:
         >>> logits, shifted = torch.randn(60, 3), torch.randn(60, 3) + 1
         >>> labels = torch.arange(60) % 3
         >>> align = Align(weight=5.0)
+        >>> align
+        Align(energy_distance, per_class=True, weight=5, min_events=2)
         >>> loss = torch.nn.functional.cross_entropy(logits, labels)
         >>> loss = loss + align(logits.softmax(1), {"up": shifted.softmax(1)}, labels, labels)
     """
@@ -74,6 +76,12 @@ class Align:
         if not isinstance(self.weight, Real) or not 0 <= self.weight < math.inf:
             raise ValueError(f"Expected weight as a number of at least 0; got {self.weight!r}.")
         check_positive_int(self.min_events, "min_events")
+
+    def __repr__(self) -> str:
+        return (
+            f"Align({_named(self.metric)}, per_class={self.per_class}, weight={self.weight:g}, "
+            f"min_events={self.min_events})"
+        )
 
     def __call__(
         self,
@@ -166,6 +174,14 @@ def _innermost(function: Any) -> Any:
     while isinstance(function, partial):
         function = function.func
     return function
+
+
+def _named(function: Any) -> str:
+    """Name of a function, with the options of a partial one that are numbers."""
+    name = getattr(_innermost(function), "__name__", repr(function))
+    options = function.keywords if isinstance(function, partial) else {}
+    numbers = [f"{k}={v}" for k, v in options.items() if isinstance(v, Real)]
+    return f"{name}({', '.join(numbers)})" if numbers else name
 
 
 @dataclass(frozen=True)

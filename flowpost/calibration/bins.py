@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -11,45 +11,65 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import as_tensor, check_finite, check_positive_int, check_shape
-from .._events import chosen, mapped, sizes
+from .._events import chosen, sizes
 from .._modes import evaluating
 from .._progress import progress_bar
 from ..diagnostics.local_result import told_apart
 from ..model import PosteriorModel
 from ..posterior import Posterior
 
-__all__ = ["EventBins", "given_values", "of_each", "posteriors"]
+__all__ = ["EventBins", "given_values", "labels_of", "of_each", "posteriors"]
 
 _ROWS = 4096
 # what `by` is, where it is no label column
 _GIVEN = "given"
 
 
+def labels_of(model: PosteriorModel, z: Any) -> Tensor:
+    """Labels (n, D) of held-out events.
+
+    Raises:
+        ValueError: If they are given by name, or are no numbers.
+    """
+    if isinstance(z, Mapping):
+        space = model.head.space
+        remedy = "Give model.head.space.pack(labels)."
+        if not hasattr(space, "pack"):
+            remedy = f"Stack its columns: {', '.join(space.names)}."
+        raise ValueError(f"Expected labels as a tensor or array (n, D); got a dict. {remedy}")
+    return model.head._columns(as_tensor(z, "labels"))
+
+
 def posteriors(
-    model: nn.Module,
-    call: Callable[..., Posterior],
+    model: PosteriorModel,
+    events: EventBins,
     x: Any,
     total: int,
     name: str,
     progress: bool,
-    **options: Any,
-) -> Iterator[tuple[Tensor, Any, Posterior]]:
-    """Rows, inputs and posterior of events in portions; options are chosen alike.
+    reference: Any,
+    by: Tensor | None,
+) -> Iterator[tuple[Tensor, Any, Posterior, Tensor]]:
+    """Rows, inputs, posterior and what is binned (n,), on the CPU, of events in portions.
 
     Raises:
-        ValueError: If there are not as many inputs as labels.
+        ValueError: If there are not as many inputs, references or values as labels.
     """
-    found = {*sizes(x), *sizes(tuple(options.values()))} or {total}
-    if found != {total}:
-        raise ValueError(
-            f"Expected inputs of as many events as there are labels, {total}; got {sorted(found)}."
-        )
+    for what, value in (("inputs", x), ("reference", reference), ("by", by)):
+        found = set(sizes(value))
+        if found - {total}:
+            raise ValueError(
+                f"Expected {what} of as many events as there are labels, {total}; got "
+                f"{sorted(found)}."
+            )
     device = next(model.parameters()).device
     with progress_bar(total, name, progress) as bar, evaluating(model):
         for rows in torch.arange(total).split(_ROWS):
-            part = mapped(chosen(x, rows), lambda t: t.to(device))
-            q = call(part, **{k: chosen(v, rows) for k, v in options.items() if v is not None})
-            yield rows, part, q if q.batch_shape else q.expand((len(rows),))
+            part, guess, own = (chosen(v, rows, device) for v in (x, reference, by))
+            q = model(part, reference=guess)
+            q = q if q.batch_shape else q.expand((len(rows),))
+            value = events.values(part, q, own)
+            yield rows, part, q, torch.zeros(len(rows)) if value is None else value.cpu()
             bar.update(len(rows))
 
 
@@ -66,9 +86,9 @@ def given_values(by: Any) -> Tensor | None:
     return None if by is None else as_tensor(by, "by")
 
 
-def of_each(q: Posterior, by: Any) -> Posterior:
+def of_each(q: Posterior, by: Tensor | None) -> Posterior:
     """An unconditional posterior as that of each event that values are given of."""
-    return q if by is None or q.batch_shape else q.expand(tuple(as_tensor(by, "by").shape))
+    return q if by is None or q.batch_shape else q.expand(tuple(by.shape))
 
 
 class EventBins(nn.Module):
@@ -114,7 +134,7 @@ class EventBins(nn.Module):
         """Whether events bring their values, or a function of the inputs has them."""
         return self.by == _GIVEN
 
-    def values(self, x: Any, q: Posterior, by: Any = None) -> Tensor | None:
+    def values(self, x: Any, q: Posterior, by: Tensor | None) -> Tensor | None:
         """The quantity of each event (*batch), or None where there is a single bin.
 
         That of a label column is the label at the centre of the base.
@@ -122,7 +142,6 @@ class EventBins(nn.Module):
         Raises:
             ValueError: If values are missing, not wanted, or do not fit.
         """
-        by = given_values(by)
         if by is not None and not self.given:
             raise ValueError(
                 f"Expected no values of by; the bins are of {self.by or 'all events together'}. "

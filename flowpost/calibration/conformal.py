@@ -32,8 +32,7 @@ from .._checks import as_tensor, check_finite, check_shape
 from ..diagnostics import hpd_levels
 from ..head import PosteriorHead
 from ..model import PosteriorModel
-from ..posterior import Posterior
-from .bins import EventBins, given_values, of_each, posteriors
+from .bins import EventBins, given_values, labels_of, of_each, posteriors
 from .recalibrate import Recalibrator
 
 __all__ = ["Conformal", "conformal_levels"]
@@ -163,9 +162,11 @@ class Conformal:
         events = EventBins(self._inner, self.bins, by)
         values = by if events.given and not callable(by) else None
         scores, seen = self._scored(events, x, z, values, reference, seed, progress)
+        if not len(scores):
+            raise ValueError("Expected labels of at least one event; got none.")
         edge = events.fit_edges(seen)
         place = torch.bucketize(seen, events.edges, right=True)
-        found = tuple(scores[(place == k) & ~edge].sort().values for k in range(events.count))
+        found = tuple(scores[(place == k) & ~edge] for k in range(events.count))
         for where, part in zip(events.intervals(), found, strict=True):
             if not len(part):
                 raise ValueError(
@@ -193,7 +194,8 @@ class Conformal:
             rounds to it; `radius` and `contains` go on to tell labels apart.
 
         Raises:
-            ValueError: If it is not fitted, or the level not between 0 and 1.
+            ValueError: If it is not fitted, the level is not between 0 and 1, or inputs or values
+                are missing where there are bins.
         """
         found = self._credible(self._used(level, x, by, reference))
         rounding = torch.finfo(self._inner.head.flow.bias.dtype).eps
@@ -218,8 +220,7 @@ class Conformal:
             no larger.
 
         Raises:
-            ValueError: If it is not fitted, the regions are those of highest density, or the level
-                is not between 0 and 1.
+            ValueError: If the regions are those of highest density, or as of `level`.
         """
         if self.kind != "base":
             raise ValueError(
@@ -232,6 +233,12 @@ class Conformal:
         table, by = self._table(level), given_values(by)
         if self.events.count == 1:
             return table[0]
+        if x is None and self._inner.head.context:
+            asked = self.events.given and self.events.function is None
+            raise ValueError(
+                f"Expected x of the events{' and their values of by' * asked}; got None. There are "
+                f"{len(table)} bins with a level each, and these tell which bin an event is in."
+            )
         with torch.no_grad():
             q = of_each(self._inner(x, reference=reference), by)
             return table[self.events.place(self.events.values(x, q, by), q).cpu()]
@@ -270,7 +277,6 @@ class Conformal:
             ValueError: If it is not fitted or shapes do not fit.
         """
         table = self._table(level)
-        by = given_values(by)
         scores, seen = self._scored(self.events, x, z, by, reference, seed, progress)
         return scores <= table[torch.bucketize(seen, self.events.edges, right=True)]
 
@@ -285,29 +291,21 @@ class Conformal:
         progress: bool,
     ) -> tuple[Tensor, Tensor]:
         """‖u‖² or HPD levels (n,) of labels, and what is binned (n,), on the CPU in double."""
-        z = self._inner.head._columns(as_tensor(z, "labels"))
+        z, by = labels_of(self._inner, z), given_values(by)
         generator = torch.Generator().manual_seed(seed)
-        found, binned, seen = [], [], []
-
-        def call(x: Any, by: Any = None, **options: Any) -> Posterior:
-            q = self._inner(x, **options)
-            seen.append(events.values(x, of_each(q, by), by))
-            if not isinstance(self.model, Recalibrator):
-                return q
-            if self.model.events.given and by is not None:
-                options["by"] = by
-            return self.model(x, **options)
-
-        options = {"reference": reference, "by": given_values(by)}
-        for rows, _, q in posteriors(self.model, call, x, len(z), "conformal", progress, **options):
+        found, binned = [], []
+        for rows, part, q, value in posteriors(
+            self._inner, events, x, len(z), "conformal", progress, reference, by
+        ):
+            if isinstance(self.model, Recalibrator):
+                given = by is not None and self.model.events.given
+                q = self.model._recalibrated(q, part, by[rows] if given else None)
             if self.kind == "base":
                 scores = q.to_base(z[rows]).double().square().sum(-1)
             else:
                 scores, _ = hpd_levels(q, z[rows], self.draws, generator)
             found.append(scores.double().cpu())
-            value = seen.pop()
-            value = torch.zeros(len(rows)) if value is None else value.expand(len(rows))
-            binned.append(value.double().cpu())
+            binned.append(value.double())
         scores = torch.cat(found)
         check_finite(scores, "levels of the labels", "Has the training diverged?")
         return scores, torch.cat(binned)

@@ -152,7 +152,7 @@ def _chosen(
         warnings.warn(
             f"Credible levels stay off by {far[best]:.3f}, which no smooth map repairs. Are labels "
             "rounded, or the same events repeated?",
-            stacklevel=5,
+            stacklevel=6,
         )
     return fitted[best], float(total[best] - total[0]) / float(weight.sum())
 
@@ -225,7 +225,7 @@ def _through(x: np.ndarray, y: np.ndarray, first: float, last: float) -> Knots:
     near, far = 2 * step[1:] + step[:-1], step[1:] + 2 * step[:-1]
     inner = (near + far) / (near / slope[:-1] + far / slope[1:])
     slopes = np.concatenate([[first], inner, [last]])
-    return Knots(*(torch.as_tensor(v, dtype=torch.float64) for v in (x, y, slopes)))
+    return concatenated((x, y, slopes))
 
 
 def only(knots: Knots) -> Monotone:

@@ -18,19 +18,19 @@ calibrated regression*, V. Kuleshov, N. Fenner, S. Ermon, 2018, https://arxiv.or
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_tensor, check_finite
+from .._checks import check_finite
 from .._weights import check_weights
 from ..head import PosteriorHead
 from ..model import PosteriorModel
 from ..posterior import Posterior
-from .bins import EventBins, given_values, of_each, posteriors
+from .bins import EventBins, given_values, labels_of, of_each, posteriors
 from .flow import RecalibratedFlow
 from .knots import IDENTITY, KNOTS, effective, line_map, radial_map
 from .monotone import Knots, Monotone, stacked
@@ -40,6 +40,8 @@ __all__ = ["Recalibrator"]
 
 _FEWEST, _FEW = 100, 500
 _PARTS = ("x", "y", "slope")
+
+_Maps = tuple[list[Knots], list[Knots], float]
 
 
 class Recalibrator(nn.Module):
@@ -73,7 +75,7 @@ class Recalibrator(nn.Module):
         >>> head = fp.PosteriorHead(0, fp.Real(2), flow="diagonal")
         >>> z = 2 * torch.randn(1000, 2)
         >>> recalibrator = Recalibrator(head).fit(None, z)
-        >>> round(float(recalibrator(None).credibility(z).mean()), 1)
+        >>> round(recalibrator(None).credibility(z).mean().item(), 1)
         0.5
     """
 
@@ -109,8 +111,9 @@ class Recalibrator(nn.Module):
         self.model = model
         self.radial, self.coordinates = bool(radial), bool(coordinates)
         self.smooth = float(smooth)
-        self.bins = EventBins(model, bins).bins
-        self._allocate(EventBins(model, self.bins))
+        events = EventBins(model, bins)
+        self.bins = events.bins
+        self._allocate(events)
 
     def _allocate(self, events: EventBins) -> None:
         """Buffers of as many bins as there are; none is fitted."""
@@ -191,7 +194,7 @@ class Recalibrator(nn.Module):
                 events.
         """
         events = EventBins(self.model, self.bins, by)
-        z = self.model.head._columns(as_tensor(z, "labels"))
+        z = labels_of(self.model, z)
         if not len(z):
             raise ValueError("Expected labels of at least one event; got none.")
         w = torch.ones(len(z), dtype=torch.float64)
@@ -202,10 +205,8 @@ class Recalibrator(nn.Module):
         events.fit_edges(seen)
         place = torch.bucketize(seen, events.edges, right=True)
         order = torch.randperm(len(u), generator=torch.Generator().manual_seed(seed)).numpy()
-        found = [
-            self._fit_bin(u, self._near(k, place, seen) * w, where, order)
-            for k, where in enumerate(events.intervals())
-        ]
+        near = (counts * w for counts in self._near(place, seen, events.count))
+        found = self._fit_bins(u, near, events.intervals(), order)
         # nothing changes before all is well
         self._allocate(events)
         self.held = place.bincount(minlength=events.count).to(self.held)
@@ -225,54 +226,61 @@ class Recalibrator(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Base coordinates (n, d) of the labels, and what is binned (n,), on the CPU in double."""
         found, binned = [], []
-        options = {"reference": reference, "by": given_values(values)}
-
-        def call(x: Any, by: Any = None, **options: Any) -> Posterior:
-            q = self.model(x, **options)
-            seen.append(events.values(x, of_each(q, by), by))
-            return q
-
-        seen: list[Tensor | None] = []
-        for rows, _, q in posteriors(
-            self.model, call, x, len(z), "recalibrate", progress, **options
+        by = given_values(values)
+        for rows, _, q, value in posteriors(
+            self.model, events, x, len(z), "recalibrate", progress, reference, by
         ):
             found.append(q.to_base(z[rows]).double().cpu())
-            value = seen.pop()
-            binned.append(torch.zeros(len(rows)) if value is None else value.expand(len(rows)))
+            binned.append(value.double())
         u = torch.cat(found)
         check_finite(u, "base coordinates of the labels", "Has the training diverged?")
-        return u, torch.cat([b.double().cpu() for b in binned])
+        return u, torch.cat(binned)
 
-    def _near(self, k: int, place: Tensor, seen: Tensor) -> Tensor:
-        """How much events (n,) count in a bin: 1 in it, less in others if these are smoothed."""
+    def _near(self, place: Tensor, seen: Tensor, bins: int) -> Iterator[Tensor]:
+        """How much events (n,) count in each bin: 1 in it, less in others if bins are smoothed."""
         if not self.smooth:
-            return (place == k).double()
+            yield from ((place == k).double() for k in range(bins))
+            return
         rank = torch.empty_like(seen)
         rank[seen.argsort(stable=True)] = torch.arange(len(seen), dtype=seen.dtype)
         counts = place.bincount()
         first = counts.cumsum(0) - counts
         position = place + (rank - first[place] + 0.5) / counts[place]
-        distance = torch.maximum(k - position, position - k - 1).clamp_min(0)
-        near = torch.exp(-(distance / self.smooth).square() / 2)
-        return torch.where(near > 1e-3, near, 0.0)
+        for k in range(bins):
+            distance = torch.maximum(k - position, position - k - 1).clamp_min(0)
+            near = torch.exp(-(distance / self.smooth).square() / 2)
+            yield torch.where(near > 1e-3, near, 0.0)
 
-    def _fit_bin(
-        self, u: Tensor, weight: Tensor, where: str, order: Any
-    ) -> tuple[list[Knots], list[Knots], float]:
-        """Maps of coordinates and of the radius of each number of blocks, and the gain."""
-        space = self.model.head.space
-        count = effective(weight.numpy())
-        if count < _FEWEST:
-            raise ValueError(
-                f"Expected at least {_FEWEST} held-out events in each bin; got {count:.0f} with "
-                f"{where}. Give more events, fewer bins, or smooth=1."
-            )
-        if count < _FEW:
+    def _fit_bins(
+        self, u: Tensor, near: Iterable[Tensor], intervals: Sequence[str], order: Any
+    ) -> list[_Maps]:
+        """What `_fit_bin` finds in each bin, of events of which so much counts there."""
+        remedy = "Give more events, fewer bins, or smooth=1."
+        if len(intervals) == 1:
+            remedy = "Give more events."
+        found, few = [], {}
+        for weight, where in zip(near, intervals, strict=True):
+            count = effective(weight.numpy())
+            if count < _FEWEST:
+                raise ValueError(
+                    f"Expected at least {_FEWEST} held-out events in each bin; got {count:.0f} "
+                    f"with {where}. {remedy}"
+                )
+            if count < _FEW:
+                few[where] = count
+            found.append(self._fit_bin(u, weight, order))
+        if few:
+            bins = ", ".join(f"{n:.0f} with {where}" for where, n in few.items())
             warnings.warn(
-                f"{count:.0f} held-out events with {where}: coverage there may be off by "
-                f"{1.63 / count**0.5:.2f}. Give more events, fewer bins, or smooth=1.",
+                f"{bins.replace(' with', ' held-out events with', 1)}: coverage there may be off "
+                f"by {1.63 / min(few.values()) ** 0.5:.2f}. {remedy}",
                 stacklevel=3,
             )
+        return found
+
+    def _fit_bin(self, u: Tensor, weight: Tensor, order: Any) -> _Maps:
+        """Maps of coordinates and of the radius of each number of blocks, and the gain."""
+        space = self.model.head.space
         rows = weight > 0
         order = _kept(order, rows.numpy())
         u, w = u[rows], weight[rows].numpy()
@@ -308,10 +316,13 @@ class Recalibrator(nn.Module):
         Raises:
             ValueError: If it is not fitted, or values or references do not fit.
         """
+        by = given_values(by)
+        return self._recalibrated(of_each(self.model(x, reference=reference), by), x, by)
+
+    def _recalibrated(self, q: Posterior, x: Any, by: Tensor | None) -> Posterior:
+        """The posterior of the model, of inputs x, recalibrated."""
         if not self.fitted:
             raise ValueError("Expected a fitted Recalibrator; call fit with held-out events.")
-        by = given_values(by)
-        q = of_each(self.model(x, reference=reference), by)
         place = self.events.place(self.events.values(x, q, by), q)
         maps = [self._maps("coordinate"), self._maps("radius")]
         flow = RecalibratedFlow.of(q._flow, place, *maps)

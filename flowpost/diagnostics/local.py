@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -134,29 +135,23 @@ def _features(
     return context, names
 
 
+@dataclass(frozen=True, eq=False)
 class _Pairs:
     """Events and their partners: base coordinates of labels, those drawn, and contexts."""
 
-    def __init__(
-        self,
-        u: np.ndarray,
-        drawn: np.ndarray,
-        context: np.ndarray,
-        classifier: _Classifier,
-        seed: int,
-    ) -> None:
-        self.u, self.drawn, self.context = u, drawn, context
-        self.classifier, self.seed = classifier, seed
+    u: np.ndarray
+    drawn: np.ndarray
+    context: np.ndarray
+    classifier: _Classifier
+    seed: int
 
     def swapped(self, swap: np.ndarray) -> _Pairs:
-        u, drawn = (
-            np.where(swap[:, None], *v) for v in ((self.drawn, self.u), (self.u, self.drawn))
-        )
-        return _Pairs(u, drawn, self.context, self.classifier, self.seed)
+        swap = swap[:, None]
+        u, drawn = np.where(swap, self.drawn, self.u), np.where(swap, self.u, self.drawn)
+        return replace(self, u=u, drawn=drawn)
 
     def __getitem__(self, rows: np.ndarray) -> _Pairs:
-        u, drawn, context = (v[rows] for v in (self.u, self.drawn, self.context))
-        return _Pairs(u, drawn, context, self.classifier, self.seed)
+        return replace(self, u=self.u[rows], drawn=self.drawn[rows], context=self.context[rows])
 
     def __len__(self) -> int:
         return len(self.u)

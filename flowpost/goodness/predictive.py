@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive_int
-from .._events import chosen, leaves, mapped, sizes
+from .._events import chosen, leaves, sizes
 from .._modes import evaluating
 from .._progress import progress_bar
 from ..likelihood import BoundLikelihood, ExtendedModel
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PredictiveP",
     "encoded",
-    "events_at",
     "over_events",
     "p_value",
     "replicas",
@@ -171,7 +170,7 @@ def over_events(
     found = []
     with evaluating(model), progress_bar(total, name, progress) as bar:
         for rows in event_chunks(model, total, draws):
-            part, guess = events_at(x, rows, device), events_at(reference, rows, device)
+            part, guess = (chosen(v, rows, device) for v in (x, reference))
             context = encoded(model, part)
             q = model.head(context, reference=guess, validate_args=False)
             found.append(ask(q, context, model.measured(part)))
@@ -241,11 +240,6 @@ def event_chunks(model: ExtendedModel, total: int, draws: int) -> list[Tensor]:
     """Indices of events that are worked on together."""
     size = max(1, _CHUNK // (draws * model.likelihood.size))
     return list(torch.arange(total).split(size))
-
-
-def events_at(x: Any, rows: Tensor, device: torch.device) -> Any:
-    """Some events of inputs, on the device of the model wherever the inputs are."""
-    return mapped(x, lambda t: (t := torch.as_tensor(t))[rows.to(t.device)].to(device))
 
 
 def replicas(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import as_tensor, check_positive_int, check_shape
+from .._events import chosen
 from .._modes import evaluating
 from ..likelihood import ExtendedModel
 from ..model import PosteriorModel
@@ -32,7 +33,6 @@ from .predictive import (
     check_model,
     count_of,
     encoded,
-    events_at,
     over_events,
     replicas,
     seeded,
@@ -98,7 +98,7 @@ def contexts(model: PosteriorModel, x: Any) -> Tensor:
     rows = torch.arange(total).split(_ROWS)
     device = next(model.parameters()).device
     with evaluating(model):
-        parts = [encoded(model, events_at(x, r, device)) for r in rows]
+        parts = [encoded(model, chosen(x, r, device)) for r in rows]
     if any(p is None for p in parts):
         raise ValueError("Expected a model with a context; this one is an unconditional density.")
     return torch.cat([p.double().cpu() for p in parts if p is not None])

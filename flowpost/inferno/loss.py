@@ -203,7 +203,8 @@ def information(
     Raises:
         ValueError: As `InfernoLoss`.
     """
-    check_nuisances(model, check_samples(model, samples))
+    samples = check_samples(model, samples)
+    check_nuisances(model, samples)
     return _gathered(model, summary, samples, chunk, progress).told()
 
 

@@ -183,13 +183,13 @@ def cross_table(
 @dataclass(frozen=True, eq=False)
 class _Score:
     area: float
-    scores: np.ndarray
+    ranks: RankTest
     test: _Test
 
     def bootstrap(self, times: np.ndarray) -> np.ndarray:
         """Areas (B,) of test events taken so many times (B, n)."""
         target = self.test.target
-        return RankTest(self.scores)(times * target, times * (1 - target))[0]
+        return self.ranks(times * target, times * (1 - target))[0]
 
 
 class _Test:
@@ -201,9 +201,9 @@ class _Test:
         self.target = np.repeat([1.0, 0.0], self.sizes)
 
     def score(self, classifier: Callable[[np.ndarray], np.ndarray]) -> _Score:
-        scores = classifier(self.values)
-        area = RankTest(scores)(self.target[None], 1 - self.target[None])[0][0]
-        return _Score(float(area), scores, self)
+        ranks = RankTest(classifier(self.values))
+        area = ranks(self.target[None], 1 - self.target[None])[0][0]
+        return _Score(float(area), ranks, self)
 
     def times(self, rng: np.random.Generator) -> np.ndarray:
         """How often each event is in each bootstrap (B, n)."""
@@ -253,16 +253,11 @@ def _split(
 ) -> tuple[list[Pair], list[Pair]]:
     trained, tested = [], []
     for pair in samples:
-        orders = [rng.permutation(len(part)) for part in pair]
-        cut = [min(max(round(test * len(part)), 10), len(part) - 20) for part in pair]
-        first, second = zip(pair, orders, cut, strict=True)
-        tested.append((_rows(*first, True), _rows(*second, True)))
-        trained.append((_rows(*first, False), _rows(*second, False)))
+        cuts = [min(max(round(test * len(part)), 10), len(part) - 20) for part in pair]
+        a, b = (part[rng.permutation(len(part))] for part in pair)
+        tested.append((a[: cuts[0]], b[: cuts[1]]))
+        trained.append((a[cuts[0] :], b[cuts[1] :]))
     return trained, tested
-
-
-def _rows(part: np.ndarray, order: np.ndarray, cut: int, before: bool) -> np.ndarray:
-    return part[order[:cut] if before else order[cut:]]
 
 
 def _exchanged(trained: list[Pair], rng: np.random.Generator) -> list[Pair]:

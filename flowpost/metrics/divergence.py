@@ -24,7 +24,14 @@ from torch.nn import functional as F
 
 from .._checks import as_tensor, check_finite, check_shape
 
-__all__ = ["as_samples", "checked_weights", "safe_root", "symmetric_kl"]
+__all__ = [
+    "as_sample",
+    "as_samples",
+    "checked_weights",
+    "safe_root",
+    "sample_weights",
+    "symmetric_kl",
+]
 
 
 def symmetric_kl(x: Any, y: Any, weight_x: Any = None, weight_y: Any = None) -> Tensor:
@@ -92,10 +99,10 @@ def as_samples(
         ValueError: If a sample is empty, not finite or of another shape, or weights do not fit, are
             negative (unless signed) or do not sum to a positive number.
     """
-    x = as_tensor(x, "x")
-    y = as_tensor(y, "y", like=x)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    x, y = _columns(x.to(dtype), "x"), _columns(y.to(dtype), "y")
+    x = as_sample(x, "x")
+    y = as_sample(y, "y", like=x)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = x.to(dtype), y.to(dtype)
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"Expected x and y with the same columns; got {x.shape[1]} and {y.shape[1]}. Both are "
@@ -104,12 +111,24 @@ def as_samples(
     return (
         x,
         y,
-        _weights(weight_x, x, "weight_x", signed_weights),
-        _weights(weight_y, y, "weight_y", signed_weights),
+        sample_weights(weight_x, x, "weight_x", signed_weights),
+        sample_weights(weight_y, y, "weight_y", signed_weights),
     )
 
 
-def _columns(value: Tensor, name: str) -> Tensor:
+def as_sample(value: Any, name: str, like: Tensor | None = None) -> Tensor:
+    """A sample (N, D), of shape (N,) or (N, D); half precision becomes float32.
+
+    Arguments:
+        value: The sample.
+        name: What it is called in an error.
+        like: A tensor whose device it is put on; integers take its dtype.
+
+    Raises:
+        ValueError: If it is empty, not finite or of another shape.
+    """
+    value = as_tensor(value, name, like=like)
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
     if value.ndim not in (1, 2):
         raise ValueError(
             f"Expected {name} of shape (N,) or (N, D); got {tuple(value.shape)}. "
@@ -122,7 +141,10 @@ def _columns(value: Tensor, name: str) -> Tensor:
     return value
 
 
-def _weights(weight: Any, sample: Tensor, name: str, signed: bool | None) -> Tensor | None:
+def sample_weights(
+    weight: Any, sample: Tensor, name: str, signed: bool | None = None
+) -> Tensor | None:
+    """Event weights (N,) of a sample like it; see `as_samples`."""
     if weight is None:
         return None
     weight = as_tensor(weight, name, like=sample).to(sample)

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_positive_int
-from .divergence import as_samples, safe_root
+from .divergence import as_sample, as_samples, safe_root, sample_weights
 
 __all__ = ["distance_correlation", "energy_distance"]
 
@@ -114,8 +114,9 @@ def distance_correlation(
         0.492
     """
     check_positive_int(chunk, "chunk")
-    x, _, weight, _ = as_samples(x, x, weight)
-    y = as_samples(y, y)[0].to(x.device)
+    x = as_sample(x, "x")
+    y = as_sample(y, "y", like=x)
+    weight = sample_weights(weight, x, "weight_x")
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y, n = x.to(dtype), y.to(dtype), len(x)
     if len(y) != n:

@@ -105,11 +105,10 @@ class Truth:
         trained: Trained,
     ) -> list[TailRow]:
         """Rows of a generator; p-values are corrected for the number of thresholds."""
-        p = np.ones(len(self.at))
-        for k in range(len(self.at)):
-            if self.beyond[k] >= FEWEST:
-                p[k] = self._p(k, share[k], error[k], counting[k], dof, trained)
         judged = self.beyond >= FEWEST
+        p = np.ones(len(self.at))
+        for k in np.flatnonzero(judged).tolist():
+            p[k] = self._p(k, share[k], error[k], counting[k], dof, trained)
         adjusted = np.ones(len(p))
         adjusted[judged] = holm(p[judged])
         return [
