@@ -1,7 +1,6 @@
 """What a user is promised of a default training, in closed form where there is one."""
 
 import math
-import resource
 import subprocess
 import sys
 
@@ -63,17 +62,15 @@ def test_one_far_label_in_validation_costs_little():
 
 def test_import_is_quick_and_light():
     """Within 0.3 s of torch and zuko; processor time, the smallest of three: others compute too."""
-
-    def seconds(code):
-        times = []
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, "-c", code], check=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        return min(times)
-
-    assert seconds("import flowpost") < seconds("import torch, zuko") + 0.3
+    code = """
+import time, torch, zuko
+start = time.process_time()
+import flowpost
+print(time.process_time() - start)
+"""
+    run = [sys.executable, "-c", code]
+    times = [float(subprocess.run(run, check=True, capture_output=True).stdout) for _ in range(3)]
+    assert min(times) < 0.3
 
 
 @pytest.mark.slow

@@ -240,7 +240,8 @@ print("untouched")
 def test_parts_are_imported_when_asked_for():
     code = """
 import sys, flowpost
-later = ("goodness", "simulators", "skymap", "systematics", "plots")
+later = ("calibration", "generators", "goodness", "inferno", "metrics")
+later += ("plots", "simulators", "skymap", "systematics")
 assert not any(f"flowpost.{name}" in sys.modules for name in later)
 for name in later:
     assert name in dir(flowpost)

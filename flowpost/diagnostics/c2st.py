@@ -20,16 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import as_tensor, check_shape
-from .._events import called, mapped, sizes
+from .._events import called, chosen, sizes
 from .._modes import evaluating
-from ..metrics import ClassifierTest, classifier_test
 from .draws import matched
+
+if TYPE_CHECKING:
+    from ..metrics import ClassifierTest
 
 __all__ = ["c2st"]
 
@@ -78,6 +80,8 @@ def c2st(
         ValueError: If shapes do not fit, a value is not finite, or there are fewer than 50 events.
         ImportError: If scikit-learn is not installed.
     """
+    from ..metrics import classifier_test
+
     taken = {"paired", "weight_x", "weight_y"} & set(options)
     if taken:
         raise ValueError(
@@ -95,10 +99,12 @@ def c2st(
         told = as_tensor(called(summary, x) if callable(summary) else summary, "summary")
         check_shape(told, (len(z), "L"), "summary", "One row an event.")
     generator = torch.Generator().manual_seed(_DRAWS + seed)
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = None if parameter is None else parameter.device
     pieces = []
     with evaluating(model):
         for rows in torch.arange(len(z)).split(_CHUNK):
-            part, guess = (_events(v, rows, model) for v in (x, reference))
+            part, guess = (chosen(v, rows, device) for v in (x, reference))
             context, q = _posterior(model, part, guess)
             if told is not None:
                 context = told[rows.to(told.device)]
@@ -117,18 +123,6 @@ def c2st(
         seed=seed,
         **options,
     )
-
-
-def _events(value: Any, rows: Tensor, model: Any) -> Any:
-    """Some events of inputs, on the device of the model."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-
-    def some(part: Any) -> Tensor:
-        tensor = torch.as_tensor(part)
-        tensor = tensor[rows.to(tensor.device)]
-        return tensor if parameter is None else tensor.to(parameter.device)
-
-    return mapped(value, some)
 
 
 def _posterior(model: Any, x: Any, reference: Any) -> tuple[Any, Any]:
