@@ -30,7 +30,7 @@ def plot_roc(result: ClassifierTest, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _new_axes() if ax is None else ax
+    ax = _new_axes(8) if ax is None else ax
     ax.plot([0, 1], [0, 1], color=_LINE, lw=0.8, ls="--")
     for k, row in enumerate(result.table):
         second, first = _roc(row, result)
@@ -50,7 +50,7 @@ def plot_roc(result: ClassifierTest, ax: Axes | None = None) -> Axes:
         ylabel="share of the first sample above the cut",
         title=f"p = {result.p_value:.3g}",
     )
-    ax.legend(loc="lower right", frameon=False, fontsize="small")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small")
     return ax
 
 

@@ -180,10 +180,10 @@ def plot_ranks(result: SBC, ax: Axes | None = None, *, bins: int = 20) -> Axes:
     return ax
 
 
-def _new_axes() -> Any:
+def _new_axes(width: float = 5) -> Any:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(5, 4), layout="constrained")[1]
+    return plt.subplots(figsize=(width, 4), layout="constrained")[1]
 
 
 def _panels(ax: Axes | None, residual: bool) -> tuple[Any, Any]:

@@ -53,7 +53,7 @@ def plot_statistics(result: StatisticsTest, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _new_axes() if ax is None else ax
+    ax = _new_axes(6.5) if ax is None else ax
     rows = [row for row in result.table if row.spread > 0]
     at = np.arange(len(rows))
     ax.barh(at, [r.expected / r.spread for r in rows], color=_GREYS[1], label="chance, 95 %")
@@ -69,7 +69,7 @@ def plot_statistics(result: StatisticsTest, ax: Axes | None = None) -> Axes:
     )
     ax.set_xlim(left=0)
     ax.invert_yaxis()
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small")
     return ax
 
 
@@ -117,13 +117,20 @@ def plot_tails(result: TailReport, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = _new_axes() if ax is None else ax
+    ax = _new_axes(6.5) if ax is None else ax
     names = result.generators
     first = [row for row in result.table if row.generator == names[0]]
     at = np.arange(len(first))
     error = np.array([r.true_error / r.true_share if r.true_share > 0 else np.nan for r in first])
     for k in at:
-        ax.fill_between([k - 0.4, k + 0.4], 1 - error[k], 1 + error[k], color=_GREYS[1], lw=0)
+        ax.fill_between(
+            [k - 0.4, k + 0.4],
+            1 - error[k],
+            1 + error[k],
+            color=_GREYS[1],
+            lw=0,
+            label=None if k else "truth",
+        )
     ax.axhline(1, color=_LINE, lw=0.8, ls="--")
     offsets = np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0]
     for i, (name, offset) in enumerate(zip(names, offsets, strict=True)):
@@ -139,6 +146,8 @@ def plot_tails(result: TailReport, ax: Axes | None = None) -> Axes:
                     mfc="white" if row.judged and row.flag else colour,
                     label=name if not j else None,
                 )
+    if any(row.judged and row.flag for row in result.table):
+        ax.scatter([], [], facecolors="none", edgecolors=_LINE, label="open: differs")
     ax.set(
         xticks=at,
         xticklabels=[f"{r.threshold:.4g}" for r in first],
@@ -146,7 +155,7 @@ def plot_tails(result: TailReport, ax: Axes | None = None) -> Axes:
         ylabel="share beyond / true share",
     )
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small")
     return ax
 
 
