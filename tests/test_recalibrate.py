@@ -14,9 +14,17 @@ from torch import nn
 import flowpost as fp
 from benchmarks.sphere_targets import place, vmf_deficit
 from flowpost.calibration import Recalibrator
+from flowpost.calibration.flow import rings_of
 from flowpost.calibration.knots import KNOTS, line_map, radial_map
 from flowpost.calibration.monotone import Knots, Monotone, stacked
-from flowpost.calibration.radial import MARGINAL_KNOTS, log_volume, marginal, only, stretch
+from flowpost.calibration.radial import (
+    MARGINAL_KNOTS,
+    each,
+    log_volume,
+    marginal,
+    only,
+    stretch,
+)
 
 SPACES = {
     "line": fp.Real(1),
@@ -87,7 +95,10 @@ def case(name):
 
 
 # fast: every space with both maps, and each map alone on some
-ALONE = {("vector", "coordinates"), ("product", "radial"), ("sphere", "radial")}
+ALONE = {
+    ("vector", "coordinates"), ("product", "radial"), ("sphere", "radial"),
+    ("sphere", "coordinates"), ("mixed", "coordinates"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -101,10 +112,6 @@ ALONE = {("vector", "coordinates"), ("product", "radial"), ("sphere", "radial")}
 def test_is_a_posterior_on_any_space(name, kind):
     model, (x, z) = case(name)
     free = model.head.space.compact_dof
-    if kind == "coordinates" and free == model.head.space.dof:
-        with pytest.raises(ValueError, match="Expected radial=True for"):
-            Recalibrator(model, **KINDS[kind])
-        return
     recalibrated = Recalibrator(model, **KINDS[kind]).fit(x, z)
     assert recalibrated.gain.item() > 0.05
     new_x, new_z = events(model, 2500, seed=11)
@@ -135,32 +142,49 @@ def test_is_a_posterior_on_any_space(name, kind):
     assert model.head.space.contains(draws).all()
 
 
+def test_every_block_is_covered_by_itself():
+    """Directions too narrow, angles and energies too wide: the radius of all is about right."""
+    model = model_of(SPACES["mixed"])
+
+    def sampled(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+        u = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            return x, model(x).from_base(u * torch.tensor([1.4, 1.4, 0.7, 0.6]).double())
+
+    x, z = sampled(4000, 3)
+    whole, parts = (Recalibrator(model, coordinates=c).fit(x, z) for c in (False, True))
+    x, z = sampled(4000, 4)
+    direction = z[:, 1:4]
+    assert fp.coverage(whole(x)["direction"].to_base(direction)).ks_statistic > 0.1
+    assert fp.coverage(parts(x)["direction"].to_base(direction)).ks_statistic < 0.04
+    u = parts(x).to_base(z)
+    for block in (slice(0, 2), slice(2, 3), slice(3, 4), slice(0, 4)):
+        assert fp.coverage(u[:, block]).ks_statistic < 0.04
+
+
 @pytest.mark.parametrize("name", ["sphere", "circle", "mixed"])
 def test_density_goes_on_smoothly_at_the_antipode(name):
     """There the base is infinite: the density before has a factor that no longer changes."""
     model = model_of(SPACES[name])
     recalibrated = Recalibrator(model, coordinates=True).fit(*events(model, 1000))
     q = recalibrated(torch.randn(1, 2, dtype=torch.float64))
-    c = model.head.space.compact_dof
-    u = torch.randn(50, 1, q.dof, dtype=torch.float64)
-    factors = []
-    for far in (10.0, 11.0, 12.0, 30.0):
-        u[..., :c] = far * torch.nn.functional.normalize(u[..., :c], dim=-1)
-        v, ladj = u, 0.0
-        for step in (
-            lambda v: q._flow.coordinates(v, q._flow.place),
-            lambda v: stretch(v, q._flow.radius, q._flow.place, q._flow._ends),
-        ):
-            v, more = step(v)
-            ladj = ladj + more[..., :c].sum(-1)
-        own = (slice(None), slice(None), slice(c))
-        factors.append(ladj + (u[own].square() - v[own].square()).sum(-1) / 2)
-        assert torch.allclose(
-            torch.nn.functional.normalize(v[own], dim=-1),
-            torch.nn.functional.normalize(u[own], dim=-1),
-        )
-    factors = torch.stack(factors)
-    assert (factors - factors[-1]).abs().max() < 0.2, factors[:, :3]
+    for ring in rings_of(model.head.space):
+        own = (..., ring)
+        u = torch.randn(50, 1, q.dof, dtype=torch.float64)
+        factors = []
+        for far in (10.0, 11.0, 12.0, 30.0):
+            u[own] = far * torch.nn.functional.normalize(u[own], dim=-1)
+            v, ladj = each(u, q._flow.coordinates, q._flow.place, rings_of(q._flow.space))
+            v, more = stretch(v, q._flow.radius, q._flow.place, q._flow._ends)
+            factors.append((ladj + more).sum(-1) + (u.square() - v.square()).sum(-1) / 2)
+            assert torch.allclose(
+                torch.nn.functional.normalize(v[own], dim=-1),
+                torch.nn.functional.normalize(u[own], dim=-1),
+            )
+        factors = torch.stack(factors)
+        assert (factors - factors[-1]).abs().max() < 0.2, factors[:, :3]
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.6])

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..flows import BoundFlow
+from ..spaces import Space
 from .monotone import Monotone
-from .radial import stretch, unstretch
+from .radial import each, stretch, uneach, unstretch
 
-__all__ = ["RecalibratedFlow"]
+__all__ = ["RecalibratedFlow", "rings_of"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class RecalibratedFlow(BoundFlow):
 
     Attributes:
         place: Bin of each event (*batch), whole numbers.
-        coordinates: Map of each base coordinate, d in each bin; or None.
+        coordinates: Map of each base coordinate, d in each bin; or None. The first of a circle or
+            sphere is that of ‖u‖² of the block, and any other of it is unused.
         radius: Map of ‖u‖² of the first blocks together, for each number of them; or None.
     """
 
@@ -50,7 +52,7 @@ class RecalibratedFlow(BoundFlow):
         u, ladj = super()._to_base(z)
         assert self.place is not None
         if self.coordinates is not None:
-            u, step = self.coordinates(u, self.place)
+            u, step = each(u, self.coordinates, self.place, rings_of(self.space))
             ladj = ladj + step
         if self.radius is not None:
             u, step = stretch(u, self.radius, self.place, self._ends)
@@ -64,8 +66,8 @@ class RecalibratedFlow(BoundFlow):
             u, step = unstretch(u, self.radius, self.place, self._ends)
             total = total + step
         if self.coordinates is not None:
-            u, log_slope = self.coordinates.inverse(u, self.place)
-            total = total - log_slope
+            u, step = uneach(u, self.coordinates, self.place, rings_of(self.space))
+            total = total + step
         z, ladj = super()._from_base(u)
         return z, ladj + total
 
@@ -91,3 +93,8 @@ class RecalibratedFlow(BoundFlow):
         if self.radius is not None:
             parts["radius"] = self.radius.select(slice(count))
         return replace(flow, **parts)
+
+
+def rings_of(space: Space) -> list[slice]:
+    """Base coordinates of each circle and sphere, which come first."""
+    return [b.base for b in space.blocks if b.space.compact]

@@ -26,6 +26,7 @@ conditional densities of the others: differences of those of all blocks up to on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -35,7 +36,15 @@ from torch import Tensor
 from .knots import concatenated, only
 from .monotone import Knots, Monotone
 
-__all__ = ["MARGINAL_KNOTS", "log_volume", "marginal", "stretch", "unstretch"]
+__all__ = [
+    "MARGINAL_KNOTS",
+    "each",
+    "log_volume",
+    "marginal",
+    "stretch",
+    "uneach",
+    "unstretch",
+]
 
 # of the map of fewer coordinates, at most
 MARGINAL_KNOTS = 384
@@ -89,6 +98,39 @@ def unstretch(
     t, _ = maps.select(slice(len(ends) - 1, None)).inverse(y, place)
     u = v * (t / y).sqrt()
     return u, -stretch(u, maps, place, ends)[1]
+
+
+def each(u: Tensor, maps: Monotone, place: Tensor, rings: Sequence[slice]) -> tuple[Tensor, Tensor]:
+    """Base coordinates (*sample, *batch, d) each through its map, and ladj alike.
+
+    Arguments:
+        u: Base coordinates.
+        maps: Of all d coordinates; that of the first of a ring is G of the ring's ‖u‖².
+        place: Bin of each event (*batch).
+        rings: Coordinates that share a radial map, from the first coordinate on.
+    """
+    found = [stretch(u[..., r], _first(maps, r), place, (r.stop - r.start,)) for r in rings]
+    rest = slice(rings[-1].stop if rings else 0, None)
+    return _joined([*found, maps.select(rest)(u[..., rest], place)])
+
+
+def uneach(
+    v: Tensor, maps: Monotone, place: Tensor, rings: Sequence[slice]
+) -> tuple[Tensor, Tensor]:
+    """Inverse of `each`, with the ladj of that direction."""
+    found = [unstretch(v[..., r], _first(maps, r), place, (r.stop - r.start,)) for r in rings]
+    rest = slice(rings[-1].stop if rings else 0, None)
+    u, log_slope = maps.select(rest).inverse(v[..., rest], place)
+    return _joined([*found, (u, -log_slope)])
+
+
+def _first(maps: Monotone, ring: slice) -> Monotone:
+    return maps.select(slice(ring.start, ring.start + 1))
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    u, ladj = (torch.cat(values, -1) for values in zip(*parts, strict=True))
+    return u, ladj
 
 
 def log_volume(maps: Monotone, t: Tensor, dof: int) -> Tensor:

@@ -31,10 +31,10 @@ from ..head import PosteriorHead
 from ..model import PosteriorModel
 from ..posterior import Posterior
 from .bins import EventBins, given_values, labels_of, of_each, posteriors
-from .flow import RecalibratedFlow
+from .flow import RecalibratedFlow, rings_of
 from .knots import IDENTITY, KNOTS, effective, line_map, radial_map
 from .monotone import Knots, Monotone, stacked
-from .radial import MARGINAL_KNOTS, marginal
+from .radial import MARGINAL_KNOTS, each, marginal
 
 __all__ = ["Recalibrator"]
 
@@ -54,8 +54,8 @@ class Recalibrator(nn.Module):
         radial: Map the radius, by which the base-ordered regions of every credibility hold as many
             labels as stated.
         coordinates: Map each base coordinate before, for heads that are biased or skewed, or of
-            another width in each label. Those of circles and spheres have the radial map alone, for
-            they meet at the antipode.
+            another width in each label. Those of a circle or sphere meet at the antipode: it has a
+            map of its own radius.
         bins: Number of bins of equal content of a quantity that `fit` is given, or their inner
             edges.
         smooth: Bins learn from others too: an event so many bins away counts e^(−1/2), one in twice
@@ -101,11 +101,6 @@ class Recalibrator(nn.Module):
             )
         if not (radial or coordinates):
             raise ValueError("Expected radial, coordinates or both; got neither.")
-        if not radial and model.head.space.dof == model.head.space.compact_dof:
-            raise ValueError(
-                f"Expected radial=True for {model.head.space!r}; got False. Directions and angles "
-                "have no maps of single coordinates."
-            )
         if not isinstance(smooth, (float, Real)) or not 0 <= smooth < float("inf"):
             raise ValueError(f"Expected smooth as a number of bins of at least 0; got {smooth!r}.")
         self.model = model
@@ -287,18 +282,20 @@ class Recalibrator(nn.Module):
         lines: list[Knots] = []
         gain = 0.0
         if self.coordinates:
-            for j in range(space.dof):
-                knots, gained = IDENTITY, 0.0
-                if j >= space.compact_dof:
-                    knots, gained = line_map(u[:, j].numpy(), w, order)
+            for own in rings_of(space):
+                knots, gained = radial_map(_square(u[:, own]), w, own.stop - own.start, True, order)
+                lines += [knots] + [IDENTITY] * (own.stop - own.start - 1)
+                gain += gained
+            for j in range(space.compact_dof, space.dof):
+                knots, gained = line_map(u[:, j].numpy(), w, order)
                 lines.append(knots)
                 gain += gained
-            u = Monotone(stacked([lines], KNOTS))(u, torch.zeros(len(u), dtype=torch.int64))[0]
+            maps = Monotone(stacked([lines], KNOTS))
+            u = each(u, maps, torch.zeros(len(u), dtype=torch.int64), rings_of(space))[0]
         rings: list[Knots] = []
         if self.radial:
             compact = space.compact_dof > 0
-            t = u.square().sum(-1).numpy()
-            knots, gained = radial_map(t, w, space.dof, compact, order)
+            knots, gained = radial_map(_square(u), w, space.dof, compact, order)
             gain += gained
             ends = [b.base.stop for b in space.blocks]
             rings = [marginal(knots, space.dof, end, compact) for end in ends[:-1]] + [knots]
@@ -339,6 +336,10 @@ class Recalibrator(nn.Module):
         rows = zip(self.events.intervals(), self.held.tolist(), self.gain.tolist(), strict=True)
         lines += [f"  {where}: {n} events, NLL falls by {gain:.4f} nats" for where, n, gain in rows]
         return "\n".join(lines)
+
+
+def _square(u: Tensor) -> Any:
+    return u.square().sum(-1).numpy()
 
 
 def _kept(order: Any, rows: Any) -> Any:
