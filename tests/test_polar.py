@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from flowpost.spaces._polar import log1mexp, plane_to_vmf, vmf_ladj, vmf_to_plane, zoom
+from flowpost.spaces._polar import (
+    log1mexp,
+    plane_to_vmf,
+    radial,
+    radial_inverse,
+    vmf_ladj,
+    vmf_to_plane,
+    zoom,
+)
 
 KAPPAS = [1e-3, 0.1, 1.0, 12.0]
 DTYPES = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -74,3 +82,49 @@ def test_log1mexp():
     a = torch.tensor([1e-10, 0.1, 0.7, 3.0, 50.0], dtype=torch.float64)
     expected = [math.log(-math.expm1(-v)) for v in a.tolist()]
     torch.testing.assert_close(log1mexp(a), torch.tensor(expected, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------ the radius
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("end", [-50.0, -0.3, 0.0, 0.2, 50.0])
+def test_radial_spline_is_inverted_and_its_growth_is_that_of_the_area(dtype, end):
+    parameters = 0.7 * torch.randn(40, 1, 19, dtype=torch.float64)
+    parameters[..., -1] = end
+    r = torch.cat([torch.logspace(-3, 0.59, 200), torch.linspace(3.9, 12, 200)]).double()
+    g, growth = radial(r.to(dtype).expand(40, -1), parameters.to(dtype), 4.0)
+    assert (g.diff(dim=-1) > 0).all()
+    back, shrinkage = radial_inverse(g, parameters.to(dtype), 4.0)
+    rounding = 1e-9 if dtype is torch.float64 else 2e-3
+    torch.testing.assert_close(back, r.to(dtype).expand_as(g), rtol=rounding, atol=0)
+    torch.testing.assert_close(shrinkage, -growth, rtol=0, atol=10 * rounding)
+    if dtype is torch.float64:
+        step = 1e-6 * r
+        ends = [radial((r + s * step).expand(40, -1), parameters, 4.0)[0] ** 2 for s in (1, -1)]
+        slope = (ends[0] - ends[1]) / ((r + step) ** 2 - (r - step) ** 2)
+        torch.testing.assert_close(growth, slope.log(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("end", [-50.0, -0.3, 0.0, 0.2, 50.0])
+def test_radial_spline_goes_on_with_the_area_it_has(end):
+    """Beyond the end the density is that of the chart times one factor, met without a step."""
+    parameters = 0.7 * torch.randn(20, 1, 19, dtype=torch.float64)
+    parameters[..., -1] = end
+    r = torch.tensor([4 - 1e-9, 4.0, 4.5, 7.0, 30.0]).double()
+    g, growth = radial(r.expand(20, -1), parameters, 4.0)
+    constant = (g**2 - r**2)[:, 1:]
+    torch.testing.assert_close(constant, constant[:, :1].expand_as(constant))
+    assert ((constant >= -0.32) & (constant <= 27.5)).all()
+    assert (growth[:, 1:] == 0).all()
+    assert (growth[:, 0].abs() < 1e-6).all()
+    assert (torch.sign(constant[:, 0]) == math.copysign(1, -end) * (end != 0)).all()
+    if not end:
+        assert constant.abs().max() < 1e-12
+
+
+def test_zero_parameters_leave_the_radius_as_it_is():
+    r = torch.linspace(0.01, 9, 100).double()
+    g, growth = radial(r, torch.zeros(19, dtype=torch.float64), 4.0)
+    torch.testing.assert_close(g, r, rtol=1e-12, atol=0)
+    assert growth.abs().max() < 1e-12

@@ -49,7 +49,7 @@ def random_posterior(t, parts, dtype=torch.float64, events=60):
         log_width.to(dtype),
         location=torch.randn(events, 6),
         shape=torch.randn(events, 2) if shape else None,
-        profile=0.5 * torch.randn(events, 18) if profile else None,
+        profile=0.5 * torch.randn(events, 19) if profile else None,
         reference=directions(events, dtype) if reference else None,
         dtype=dtype,
     )
@@ -552,7 +552,7 @@ class TestOutliersOfAnArcSecond:
         cost = peak - value.detach().double()
         assert torch.isfinite(cost).all()
         if place == "axis":
-            assert (cost.abs() < 5).all()
+            assert (cost.abs() < 6).all()
         else:
             assert ((cost > 25) & (cost < 80)).all()
         gradients = torch.autograd.grad(value.sum(), list(head.parameters()))
@@ -666,7 +666,7 @@ def test_order_of_a_product():
 
 
 def test_two_directions_condition_each_other():
-    q = perturbed_posterior(Product(a=Sphere(), b=Sphere()), "spline", size=0.15, events=1)[0]
+    q = perturbed_posterior(Product(a=Sphere(), b=Sphere()), "spline", size=0.08, events=1)[0]
     z, omega = nodes(n=300, m=300)
     for a in q.sample((3,))[:, :3]:
         joint = q.log_prob(torch.cat([a.expand(len(z), 3), z], -1)).exp()

@@ -104,7 +104,7 @@ class ResidualFlow(nn.Module):
         self._sections = [space.location_size, space.width_size * (rung != "mse")]
         self._sections += [len(self._pairs), shapes, *[d * spline_size, d * hidden] * count]
         warped = warp_size(self.warps, bins) if self.warps else 0
-        self._sections += [profiles * 3 * bins, self._spheres * warped]
+        self._sections += [profiles * (3 * bins + 1), self._spheres * warped]
         size = sum(self._sections)
         first = sum(self._sections[:4])
         self.weight = nn.Parameter(torch.zeros(first, context)) if context else None

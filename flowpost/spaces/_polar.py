@@ -28,6 +28,9 @@ _LOG_2 = math.log(2)
 _LARGEST_SHAPE = 2.0
 # of a spline: ratio of slopes at most 10³, as zuko's
 _LOG_STEEPEST = math.log(1e3)
+# of |ln g/r| at the end of a radial spline; farther in, what is beyond the end would come among
+# the splines of the plane
+_FARTHEST_IN, _FARTHEST_OUT = 0.01, 0.5
 
 
 def log1mexp(a: Tensor) -> Tensor:
@@ -113,18 +116,26 @@ def project(
     return image / stretch.sqrt()[..., None], *out, -1.5 * torch.log(length)
 
 
-def _knots(parameters: Tensor, bound: float, ends: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Edges on both sides and slopes, each (..., K + 1), of a spline from 0 to the bound."""
-    bins = (parameters.shape[-1] - ends) // 3
-    widths, heights, slopes = parameters.split([bins, bins, bins + ends], dim=-1)
+def _knots(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges of [0, 1] on both sides and ln slopes, each (..., K + 1), of 3K + 1 parameters."""
+    bins = parameters.shape[-1] // 3
+    widths, heights, slopes = parameters.split([bins, bins, bins + 1], dim=-1)
     edges = []
     for logits in (widths, heights):
         sizes = torch.softmax(logits / (1 + (2 * logits / _LOG_STEEPEST).abs()), -1)
         edge = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
-        # the last edge is the bound itself, whatever the rounding of the sum
-        edges.append(bound * edge / edge[..., -1:])
-    slopes = torch.exp(slopes / (1 + (slopes / _LOG_STEEPEST).abs()))
-    return edges[0], edges[1], torch.nn.functional.pad(slopes, (0, 1 - ends), value=1.0)
+        # the last edge is 1 itself, whatever the rounding of the sum
+        edges.append(edge / edge[..., -1:])
+    return edges[0], edges[1], slopes / (1 + (slopes / _LOG_STEEPEST).abs())
+
+
+def _radial_knots(parameters: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges on both sides and slopes of a spline that meets g² = r² + c at the bound."""
+    xs, ys, slopes = _knots(parameters)
+    end = slopes[..., -1:]
+    end = end / (1 + torch.where(end > 0, end / _FARTHEST_IN, -end / _FARTHEST_OUT))
+    slopes = torch.cat([slopes[..., :-1], end], -1).exp()
+    return bound * xs, bound / slopes[..., -1:] * ys, slopes
 
 
 @dataclass(frozen=True)
@@ -173,34 +184,44 @@ def _bin(value: Tensor, knots: tuple[Tensor, Tensor, Tensor], inverse: bool) -> 
 
 
 def radial(r: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Rational-quadratic spline of a radius, the identity beyond the bound.
+    """Rational-quadratic spline of a radius, with g² = r² + c beyond the bound.
+
+    The last slope is r/g there and so sets c. Beyond the bound the density on the plane is the
+    normal one times exp(−c/2), at any radius alike.
 
     Arguments:
         r: Radii above 0, of shape (...).
-        parameters: Widths, heights and slopes of K bins, of shape (..., 3K); all 0 is the identity.
+        parameters: Widths, heights and slopes of K bins, of shape (..., 3K + 1); all 0 is the
+            identity.
         bound: End of the spline.
 
     Returns:
         The radius g and ln of the growth of the area of the plane, ln g' + ln(g/r).
     """
+    knots = _radial_knots(parameters, bound)
     inside = r < bound
     x = torch.where(inside, r, bound / 2)
-    at = _bin(x, _knots(parameters, bound, 0), inverse=False)
+    at = _bin(x, knots, inverse=False)
     xi = (x - at.x0) / (at.x1 - at.x0)
     below, _, slope = at.value(xi, 1 - xi)
     g = at.y0 + (at.y1 - at.y0) * below
     growth = torch.log(slope) + torch.log(g / x)
-    return torch.where(inside, g, r), torch.where(inside, growth, 0.0)
+    end = knots[1][..., -1]
+    outer = (torch.where(inside, bound, r) ** 2 + (end**2 - bound**2)).sqrt()
+    return torch.where(inside, g, outer), torch.where(inside, growth, 0.0)
 
 
 def radial_inverse(g: Tensor, parameters: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Inverse of `radial`, with the growth of that direction."""
-    inside = g < bound
-    y = torch.where(inside, g, bound / 2)
-    at = _bin(y, _knots(parameters, bound, 0), inverse=True)
+    knots = _radial_knots(parameters, bound)
+    end = knots[1][..., -1]
+    inside = g < end
+    y = torch.where(inside, g, end / 2)
+    at = _bin(y, knots, inverse=True)
     r = at.x0 + at.solve((y - at.y0) / (at.y1 - at.y0)) * (at.x1 - at.x0)
+    outer = (torch.where(inside, end, g) ** 2 + (bound**2 - end**2)).sqrt()
     # the smallest radius that is a number, so that g / r is one
-    r = torch.where(inside, r.clamp_min(1e-15), g)
+    r = torch.where(inside, r.clamp_min(1e-15), outer)
     return r, -radial(r, parameters, bound)[1]
 
 
@@ -219,7 +240,8 @@ def rational_quadratic(
     Returns:
         The image, 1 − image, and ln of the slope there.
     """
-    at = _bin(h, _knots(parameters, 1.0, 1), inverse)
+    xs, ys, slopes = _knots(parameters)
+    at = _bin(h, (xs, ys, slopes.exp()), inverse)
     if inverse:
         height = at.y1 - at.y0
         below, above = (h - at.y0) / height, torch.where(at.last, rest, at.y1 - h) / height

@@ -32,8 +32,8 @@ _SMALLEST_KAPPA, _LARGEST_KAPPA, _UNIFORM = 1e-3, 12.0, 0.05
 _SHARP = 4.0
 # where splines end, and between which a base coordinate tells others ever less
 BOUND, NEAR, FAR = 5.0, 4.0, 5.0
-# the radial spline ends sooner, beyond all but 0.03 % of the base: it brings its slope back to one
-# degrees away from the antipode, where the density is that of the bare chart
+# the radial spline ends sooner, beyond all but 0.03 % of the base and degrees away from the
+# antipode, about which the density is that of the bare chart times a factor
 _RADIAL_BOUND = 4.0
 _TINY = 1e-30
 NORMALISE = "Normalise them: torch.nn.functional.normalize(v, dim=-1)."
