@@ -1,6 +1,7 @@
 """How close heads on the sphere come to densities of which everything is known.
 
     python -m benchmarks.directions widths     # one network from 1″ to 60°
+    python -m benchmarks.directions widths --held 200000  # and recalibrated in bins of the width
     python -m benchmarks.directions shapes      # vMF, Kent, ring, modes, uniform: KL to the truth
     python -m benchmarks.directions shapes --conditional
     python -m benchmarks.directions reverse     # the four modes of arXiv:2002.02428 by reverse KL
@@ -16,20 +17,27 @@ import math
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import flowpost as fp
 from benchmarks.sphere_targets import DEGREE, DOUBLE, SHAPES, Target, place, places
+from flowpost.calibration import Recalibrator
 from flowpost.simulators.directions import Directions
 
 TEST = 100_000
 DECADES = (1.0, 10.0, 100.0, 1000.0, 3600.0, 36_000.0, 216_000.0)
 
 
-def widths(reference: bool, seed: int, events: int = 200_000, epochs: int = 30) -> list[dict]:
-    """Train one head for all widths; gap and coverage in each decade of σ (arc-seconds)."""
+def widths(
+    reference: bool, seed: int, events: int = 200_000, epochs: int = 30, held: int = 0
+) -> list[dict]:
+    """Train one head for all widths; gap and coverage in each decade of σ (arc-seconds).
+
+    With `held` events, those of the head recalibrated by them in each decade follow.
+    """
     simulator = Directions(sigma_min=1 / 3600 if reference else 1.0, sigma_max=60.0)
     x, z = simulator.sample(events, seed=1000 + seed)
     fresh_x, fresh_z = simulator.sample(TEST, seed=2000 + seed)
@@ -39,29 +47,44 @@ def widths(reference: bool, seed: int, events: int = 200_000, epochs: int = 30) 
     model = fp.PosteriorModel(encoder, fp.PosteriorHead(64, fp.Sphere(), dropout=0.0))
     data = {"x": x, "z": z} | ({"reference": simulator.reference(x)} if reference else {})
     fp.fit(model, data, epochs=epochs, batch_size=512, seed=seed, progress=False)
-    with torch.no_grad():
-        guess = simulator.reference(fresh_x) if reference else None
-        u, log_prob = model(fresh_x, reference=guess).to_base_and_log_prob(fresh_z)
-    gap = -simulator.true_nll(fresh_x, fresh_z) - log_prob.double()
-    sigma = simulator.sigma(fresh_x) / DEGREE * 3600
-    rows = []
     edges = DECADES if reference else DECADES[4:]
-    for low, high in pairwise(edges):
-        some = (sigma >= low) & (sigma < high)
-        cov = fp.coverage(u[some])
-        low_band, high_band = cov.band[2]
-        inside = (cov.empirical >= low_band) & (cov.empirical <= high_band)
-        rows.append(
-            {
-                "from": low,
-                "to": high,
-                "gap": float(gap[some].mean()),
-                "ks_pvalue": float(cov.ks_pvalue),
-                "deviation": float((cov.empirical - cov.nominal).abs().max()),
-                "within_band": float(inside.double().mean()),
-            }
-        )
+
+    def arcseconds(x: Tensor) -> Tensor:
+        return simulator.sigma(x) / DEGREE * 3600
+
+    def scored(model: Any) -> list[dict]:
+        with torch.no_grad():
+            guess = simulator.reference(fresh_x) if reference else None
+            u, log_prob = model(fresh_x, reference=guess).to_base_and_log_prob(fresh_z)
+        gap = -simulator.true_nll(fresh_x, fresh_z) - log_prob.double()
+        sigma = arcseconds(fresh_x)
+        return [
+            _row(low, high, u[some], gap[some])
+            for low, high in pairwise(edges)
+            if (some := (sigma >= low) & (sigma < high)).any()
+        ]
+
+    rows = scored(model)
+    if held:
+        x, z = simulator.sample(held, seed=4000 + seed)
+        guess = simulator.reference(x) if reference else None
+        mended = Recalibrator(model, bins=edges[1:-1]).fit(x, z, by=arcseconds, reference=guess)
+        rows += scored(mended)
     return rows
+
+
+def _row(low: float, high: float, u: Tensor, gap: Tensor) -> dict:
+    cov = fp.coverage(u)
+    low_band, high_band = cov.band[2]
+    inside = (cov.empirical >= low_band) & (cov.empirical <= high_band)
+    return {
+        "from": low,
+        "to": high,
+        "gap": float(gap.mean()),
+        "ks_pvalue": float(cov.ks_pvalue),
+        "deviation": float((cov.empirical - cov.nominal).abs().max()),
+        "within_band": float(inside.double().mean()),
+    }
 
 
 def turns(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -186,6 +209,7 @@ def main() -> None:
     parser.add_argument("what", choices=["widths", "shapes", "reverse", "places"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--conditional", action="store_true")
+    parser.add_argument("--held", type=int, default=0, help="events to recalibrate by")
     parser.add_argument("--only", default="", help="shapes whose name holds this")
     parser.add_argument("--draws", type=int, default=50_000)
     parser.add_argument("--epochs", type=int, default=100)
@@ -196,7 +220,7 @@ def main() -> None:
         if args.what == "widths":
             for reference in (True, False):
                 print(f"seed {seed}, {'with' if reference else 'without'} a reference")
-                for r in widths(reference, seed):
+                for r in widths(reference, seed, held=args.held):
                     print(
                         f"  {r['from']:8.0f}″ to {r['to']:8.0f}″: gap {r['gap']:+.4f} nats, "
                         f"coverage within {100 * r['deviation']:.2f} %, "
