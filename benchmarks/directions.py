@@ -97,11 +97,14 @@ def turns(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return a, about_z.unflatten(-1, (3, 3)) @ about_y.unflatten(-1, (3, 3))
 
 
-def shape(target: Target, conditional: bool, seed: int, draws: int, epochs: int) -> dict:
+def shape(
+    target: Target, conditional: bool, seed: int, draws: int, epochs: int, lr: float = 1e-3
+) -> dict:
     """Train the default head on draws of a target, or of the target turned by what x says."""
     generator = torch.Generator().manual_seed(3000 + seed)
     z, fresh = target.sample(draws, generator), target.sample(TEST, generator)
     log_true = target.log_prob(fresh)
+    options: dict[str, Any] = {"epochs": epochs, "lr": lr, "seed": seed, "progress": False}
     torch.manual_seed(seed)
     start = time.process_time()
     if conditional:
@@ -111,12 +114,12 @@ def shape(target: Target, conditional: bool, seed: int, draws: int, epochs: int)
         fresh = (fresh_rotation @ fresh[..., None])[..., 0]
         encoder = fp.encoders.Tabular(2, 64, dropout=0.0)
         model = fp.PosteriorModel(encoder, fp.PosteriorHead(64, fp.Sphere()))
-        fp.fit(model, (x.float(), z.float()), epochs=epochs, seed=seed, progress=False)
+        fp.fit(model, (x.float(), z.float()), **options)
         with torch.no_grad():
             q = model(fresh_x.float())
     else:
         model = fp.PosteriorModel(None, fp.PosteriorHead(0, fp.Sphere()))
-        fp.fit(model, z.float(), epochs=epochs, seed=seed, progress=False)
+        fp.fit(model, z.float(), **options)
         q = model(None)
     with torch.no_grad():
         loss = log_true - q.log_prob(fresh).double()
@@ -213,6 +216,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="shapes whose name holds this")
     parser.add_argument("--draws", type=int, default=50_000)
     parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest rate of `shapes`")
     parser.add_argument("--warps", type=int, nargs="+", default=[0, 32])
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -231,7 +235,7 @@ def main() -> None:
         elif args.what == "shapes":
             for name, target in SHAPES.items():
                 if args.only in name:
-                    r = shape(target, args.conditional, seed, args.draws, args.epochs)
+                    r = shape(target, args.conditional, seed, args.draws, args.epochs, args.lr)
                     ends = "".join(
                         f", {what} {{:.2g}} to {{:.2g}}".format(*r[name])
                         for name, what in (
