@@ -31,7 +31,9 @@ RUNGS = ("mse", "diagonal", "affine", "spline")
 _LARGEST_LOG_WIDTH = 14.0
 # Training steps for which the splines of circles and spheres wait, and then grow in as many. They
 # reach everywhere: begun at once they take what should be the location's, and the training stays
-# where no axis points at the data (measured by benchmarks/directions.py widths).
+# where no axis points at the data (measured by benchmarks/directions.py widths). `fit` has them
+# wait a tenth of the training: of a long one the rate is still low so early, and axes stayed 20°
+# off the centre of a ring (benchmarks/directions.py shapes --conditional --only ring).
 _WAIT = 300
 
 

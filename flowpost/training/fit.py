@@ -210,10 +210,10 @@ def fit(
 
 
 def _wait(steps: int, epochs: int, batches: DataLoader) -> int:
-    """Steps for which splines wait: at most a tenth of a short training."""
+    """Steps for which splines wait: a tenth of the training, in which the rate has risen."""
     if isinstance(batches.dataset, IterableDataset):
         return steps
-    return max(1, min(steps, epochs * len(batches) // 10))
+    return max(1, epochs * len(batches) // 10)
 
 
 def _dropout(head: PosteriorHead) -> float:
