@@ -50,6 +50,9 @@ class PosteriorHead(nn.Module):
             None, `flowpost.fit` drops a tenth and a loop of your own none.
         warps: Zonal warps of each `Sphere`, for densities with fine structure all over the sky
             (some 32 where there is no context); a posterior around one direction needs none.
+        wait: Training steps for which the splines of a `Circle` or `Sphere` wait for the location,
+            to grow in as many more; where it is None, `flowpost.fit` has them wait a tenth of its
+            steps and a loop of your own 300. Give a longer one a tenth of its steps.
         reference: Whether every event brings a first guess of its label, to which the location is
             relative: True, False, or the names of the blocks that have one. Where it is None,
             `fit_scale` decides by what it is given.
@@ -83,6 +86,7 @@ class PosteriorHead(nn.Module):
         coupling: bool = False,
         dropout: float | None = None,
         warps: int = 0,
+        wait: int | None = None,
         reference: bool | str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
@@ -111,6 +115,7 @@ class PosteriorHead(nn.Module):
             "coupling": bool(coupling),
             "dropout": None if dropout is None else float(dropout),
             "warps": check_positive_int(warps, "warps", minimum=0),
+            "wait": None if wait is None else check_positive_int(wait, "wait"),
             "reference": None,
         }
         if reference is not None:
@@ -125,6 +130,7 @@ class PosteriorHead(nn.Module):
             coupling=self._options["coupling"],
             dropout=self._options["dropout"] or 0.0,
             warps=self._options["warps"],
+            wait=self._options["wait"],
         )
         for name, value in space.default_scale()._asdict().items():
             self.register_buffer(name, value)

@@ -354,7 +354,7 @@ def test_config_builds_the_same_head():
     assert config.pop("space") == SPACE.config()
     assert config == {"context": 5, "flow": "affine", "layers": 3, "bins": 7, "hidden": 9,
                       "coupling": True, "dropout": 0.1, "warps": 0,
-                      "reference": None}  # fmt: skip
+                      "wait": None, "reference": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -364,6 +364,7 @@ def test_config_builds_the_same_head():
         (lambda: PosteriorHead(2, Real), "Expected space as a label space"),
         (lambda: PosteriorHead(-1, Real()), "Expected context as a whole number of at least 0"),
         (lambda: PosteriorHead(2.5, Real()), "Expected context as a whole number"),
+        (lambda: PosteriorHead(2, Real(), wait=0), "Expected wait as a whole number of at least 1"),
         (lambda: PosteriorHead(2, Real(), flow="nsf"), "Expected flow as one of mse, diagonal"),
         (lambda: PosteriorModel(PosteriorHead(2, Real()), nn.Linear(2, 2)), "The order is Post"),
     ],

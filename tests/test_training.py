@@ -897,11 +897,19 @@ def test_a_bad_mask_is_named_by_its_row():
 
 def test_splines_of_directions_wait_a_tenth_of_the_training():
     """Also of a long one, in which the rate rises slowly."""
-    head = fp.PosteriorHead(2, fp.Sphere(), layers=1, bins=4, hidden=4)
-    # as if 5 steps were what a short training takes
-    head.flow.wait = 5
     x = torch.randn(400, 2)
     z = nn.functional.normalize(nn.functional.pad(x, (0, 1), value=1.0), dim=-1)
-    # so narrow that every epoch is the best yet
-    fp.fit(fp.PosteriorModel(None, head), (x, z), epochs=9, batch_size=20, progress=False)
-    assert 9 < float(head.flow.waited) < 12
+
+    def waited(**options):
+        head = fp.PosteriorHead(2, fp.Sphere(), layers=1, bins=4, hidden=4, **options)
+        # so narrow that every epoch is the best yet
+        fp.fit(fp.PosteriorModel(None, head), (x, z), epochs=9, batch_size=20, progress=False)
+        return float(head.flow.waited), head.flow.wait
+
+    # 162 steps in all; the loop that goes on from there has its own pace again
+    steps, after = waited()
+    assert 9 < steps < 12
+    assert after == 300
+    steps, after = waited(wait=27)
+    assert 5.5 < steps < 6.5
+    assert after == 27

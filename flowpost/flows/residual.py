@@ -74,6 +74,7 @@ class ResidualFlow(nn.Module):
         bound: float = 5.0,
         tail_bound: float = 5.0,
         warps: int = 0,
+        wait: int | None = None,
     ) -> None:
         super().__init__()
         if rung not in RUNGS:
@@ -119,7 +120,7 @@ class ResidualFlow(nn.Module):
         # steps of training done, in units of those for which splines wait
         late = bool(context and count and space.compact_dof)
         self.register_buffer("waited", torch.zeros(()) if late else None)
-        self.wait = _WAIT
+        self.wait = _WAIT if wait is None else wait
         with torch.no_grad():
             start = 0
             for _ in range(count):

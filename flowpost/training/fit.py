@@ -167,11 +167,11 @@ def fit(
             module.start_epoch(len(kept["rows"]))
         module._seed(len(kept["rows"]) if kept else 0)
         heads = [m for m in model.modules() if isinstance(m, PosteriorHead)]
-        before = [head.flow.dropout for head in heads]
+        before = [(head.flow.dropout, head.flow.wait) for head in heads]
         for head in heads:
             head.flow.dropout = _dropout(head)
             if own_trainer:
-                head.flow.wait = _wait(head.flow.wait, epochs, batches)
+                head.flow.wait = _wait(head, epochs, batches)
         try:
             _train_mode(model)
             if kept and kept["stopped"]:
@@ -185,7 +185,7 @@ def fit(
                 trainer_of(settle, **common).fit(module, batches, held)
         finally:
             for head, own in zip(heads, before, strict=True):
-                head.flow.dropout = own
+                head.flow.dropout, head.flow.wait = own
             module.restore_best()
             model.to(home).eval()
     if module.diverged:
@@ -209,10 +209,10 @@ def fit(
     return History(rows, best, stopped, settled=settled, snapshots=module.snapshots)
 
 
-def _wait(steps: int, epochs: int, batches: DataLoader) -> int:
+def _wait(head: PosteriorHead, epochs: int, batches: DataLoader) -> int:
     """Steps for which splines wait: a tenth of the training, in which the rate has risen."""
-    if isinstance(batches.dataset, IterableDataset):
-        return steps
+    if head.config()["wait"] is not None or isinstance(batches.dataset, IterableDataset):
+        return head.flow.wait
     return max(1, epochs * len(batches) // 10)
 
 
