@@ -48,6 +48,7 @@ def widths(
     data = {"x": x, "z": z} | ({"reference": simulator.reference(x)} if reference else {})
     fp.fit(model, data, epochs=epochs, batch_size=512, seed=seed, progress=False)
     edges = DECADES if reference else DECADES[4:]
+    true_nll = simulator.true_nll(fresh_x, fresh_z)
 
     def arcseconds(x: Tensor) -> Tensor:
         return simulator.sigma(x) / DEGREE * 3600
@@ -56,7 +57,7 @@ def widths(
         with torch.no_grad():
             guess = simulator.reference(fresh_x) if reference else None
             u, log_prob = model(fresh_x, reference=guess).to_base_and_log_prob(fresh_z)
-        gap = -simulator.true_nll(fresh_x, fresh_z) - log_prob.double()
+        gap = -true_nll - log_prob.double()
         sigma = arcseconds(fresh_x)
         return [
             _row(low, high, u[some], gap[some])
@@ -75,15 +76,13 @@ def widths(
 
 def _row(low: float, high: float, u: Tensor, gap: Tensor) -> dict:
     cov = fp.coverage(u)
-    low_band, high_band = cov.band[2]
-    inside = (cov.empirical >= low_band) & (cov.empirical <= high_band)
     return {
         "from": low,
         "to": high,
         "gap": float(gap.mean()),
         "ks_pvalue": float(cov.ks_pvalue),
-        "deviation": float((cov.empirical - cov.nominal).abs().max()),
-        "within_band": float(inside.double().mean()),
+        "deviation": cov.max_gap,
+        "within_band": cov.within_band,
     }
 
 

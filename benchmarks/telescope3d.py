@@ -65,12 +65,10 @@ def cap(kappa: Tensor, level: float) -> Tensor:
 
 def shown(name: str, cov: Any) -> str:
     """Deviation, band and p-value of a coverage in one line."""
-    low, high = cov.band[2]
-    inside = ((cov.empirical >= low) & (cov.empirical <= high)).double().mean()
     return (
         f"  {name:<34} 68 %: {100 * cov.coverage_at(0.68):5.2f} %, 90 %: "
         f"{100 * cov.coverage_at(0.9):5.2f} %, within {100 * cov.max_gap:.2f} %, "
-        f"{100 * inside:3.0f} % of levels in the 3σ band, KS p {float(cov.ks_pvalue):.2g}"
+        f"{100 * cov.within_band:3.0f} % of levels in the 3σ band, KS p {float(cov.ks_pvalue):.2g}"
     )
 
 

@@ -179,6 +179,7 @@ def test_coverage_of_each_posterior_is_the_closed_form(case, dof):
     assert (np.abs(result.empirical.numpy() - expected) < 4 * error + 1e-4).all()
     assert result.verdict().startswith(says)
     outside = (result.empirical < result.band[2, 0]) | (result.empirical > result.band[2, 1])
+    assert result.within_band == pytest.approx(1 - float(outside.double().mean()))
     if case == "exact":
         assert min(result.ks_pvalue, result.ad_pvalue) > 1e-3
         assert not outside.any()

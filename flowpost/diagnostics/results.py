@@ -83,6 +83,12 @@ class LevelCoverage:
         """Largest |empirical − nominal| at the nominal levels."""
         return float((self.empirical - self.nominal).abs().max())
 
+    @property
+    def within_band(self) -> float:
+        """Share of the nominal levels at which the empirical coverage lies in its 3σ band."""
+        low, high = self.band[2]
+        return float(((self.empirical >= low) & (self.empirical <= high)).double().mean())
+
     def verdict(self) -> str:
         """Return what the numbers say in one sentence.
 
