@@ -25,7 +25,7 @@ from torch.distributions.categorical import Categorical
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
 import flowpost as fp
-from flowpost.simulators import Telescope
+from flowpost.simulators import LinearGaussian, Telescope
 from flowpost.systematics import (
     EpochEvents,
     Mixed,
@@ -193,6 +193,7 @@ def test_data_sets_print_what_they_are():
     simulated.set_epoch(2)
     told = "condition=True, seed=3, epoch"
     assert repr(simulated) == f"Simulated(60 items of shift, noise, {told} 2)"
+    assert repr(Simulated(simulate, None, N)) == "Simulated(60 items, seed=0, epoch 0)"
     assert repr(simulated.fixed()) == f"Simulated(60 items of shift, noise, {told} -1 for good)"
     assert repr(Mixed(SETS)) == "Mixed(60 items of nominal, up, down, seed=0, epoch 0)"
 
@@ -315,6 +316,7 @@ SIGNED = {"nominal": torch.ones(N), "up": torch.linspace(-0.5, 2.5, N), "down": 
 EVENTS = {
     "simulated": lambda **o: Simulated(simulate, PRIOR, N, **o),
     "simulated hits": lambda **o: Simulated(hits, PRIOR, N, **o),
+    "simulated without nuisances": lambda **o: Simulated(LinearGaussian(2).sample, None, N, **o),
     "simulated by name": lambda **o: Simulated(by_name, PRIOR, N, **o),
     "perturbed": lambda **o: Perturbed((X, Z), shift, PRIOR, **o),
     "perturbed, global noise": lambda **o: Perturbed((X, Z), global_noise, PRIOR, **o),
@@ -609,6 +611,15 @@ REFUSALS = {
     "half a seed": (lambda: Simulated(simulate, PRIOR, N, seed=1.5), "seed as a whole number; got"),
     "no function": (lambda: Simulated(3, PRIOR, N), "simulate as a function; got int"),
     "no prior": (lambda: Simulated(simulate, Normal(0.0, 1.0), N), "systematics.Nuisances; got No"),
+    "nuisances without a prior": (
+        lambda: Simulated(simulate, None, N, target="nuisances"),
+        "told or asked for them; got None",
+    ),
+    "told of none": (lambda: Simulated(simulate, None, N, condition=True), "got None. Name them"),
+    "no number": (
+        lambda: Simulated(lambda n: (X, Z), None, N),
+        r"called as simulate\(n, generator\); got one",
+    ),
     "no events": (lambda: Simulated(simulate, PRIOR, 0), "size as a whole number"),
     "bad target": (lambda: Simulated(simulate, PRIOR, N, target="x"), "'nuisances'; got 'x'"),
     "told what to find": (
@@ -617,7 +628,7 @@ REFUSALS = {
     ),
     "too few": (
         lambda: Simulated(lambda nu, g: (X[:2], Z[:2]), PRIOR, N).batch([0, 1, 2]),
-        r"simulate to return 3 events, as many as nuisances; got tensors of \[2\]",
+        r"simulate to return 3 events, as many as asked for; got tensors of \[2\]",
     ),
     "a packed sequence": (
         lambda: Perturbed(

@@ -88,10 +88,11 @@ class EpochEvents(Dataset):
     def __repr__(self) -> str:
         prior: Any = getattr(self, "prior", None)
         names: Any = getattr(self, "names", None) or getattr(prior, "names", ())
+        of = f" of {', '.join(names)}" if names else ""
         told = ", condition=True" if getattr(self, "condition", False) else ""
         fixed = " for good" if self._held else ""
         return (
-            f"{type(self).__name__}({self._size} items of {', '.join(names)}{told}, "
+            f"{type(self).__name__}({self._size} items{of}{told}, "
             f"seed={self.seed}, epoch {self.epoch}{fixed})"
         )
 
@@ -112,14 +113,15 @@ class EpochEvents(Dataset):
 
 
 class Simulated(EpochEvents):
-    """Events of a simulator that takes nuisances: each has its own ν from the prior.
+    """Events of a simulator, new ones in every epoch; each has its own ν from the prior.
 
     Arguments:
         simulate: A function of nuisances (n, k) and a `torch.Generator` that returns n events in a
             form of `flowpost.fit`: (x, z), (x, z, weight), or a dict of those names and
             `reference`; x may be a tuple or dict of tensors. It draws from the generator, or from
-            torch's global one, which is seeded by it for the call.
-        prior: The joint prior of the nuisances.
+            torch's global one, which is seeded by it for the call. Without a prior it is called
+            with n in place of the nuisances.
+        prior: The joint prior of the nuisances, or None where there are none.
         size: Events of an epoch. Every epoch simulates new ones, so none is seen twice.
         seed: Of all random numbers.
         condition: Give ν to the encoder too, as `at(x, nu)` for a `ConditionedEncoder`.
@@ -142,7 +144,7 @@ class Simulated(EpochEvents):
     def __init__(
         self,
         simulate: Callable[[Tensor, torch.Generator], Any],
-        prior: Nuisances,
+        prior: Nuisances | None,
         size: int,
         *,
         seed: int = 0,
@@ -150,16 +152,22 @@ class Simulated(EpochEvents):
         target: str = "labels",
     ) -> None:
         super().__init__(size, seed)
-        self.simulate = check_function(simulate, "simulate", ("nu", "generator"))
-        self.prior = check_prior(prior)
+        first = "n" if prior is None else "nu"
+        self.simulate = check_function(simulate, "simulate", (first, "generator"))
+        self.prior = None if prior is None else check_prior(prior)
         self.condition, self.target = condition, _target(target, condition)
+        if prior is None and (condition or target == "nuisances"):
+            raise ValueError(
+                "Expected a prior of nuisances where the network is told or asked for them; got "
+                "None. Name them: Nuisances(light_yield=Normal(1.0, 0.1))."
+            )
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Simulate the events of some items of the epoch."""
         generator = self._generator(indices)
-        nu = self.prior.sample(len(indices), generator)
+        nu = None if self.prior is None else self.prior.sample(len(indices), generator)
         with torch.no_grad(), seeded(generator):
-            events = to_batch(self.simulate(nu, generator))
+            events = to_batch(self.simulate(len(indices) if nu is None else nu, generator))
         check_labelled(events, "simulate")
         _check_size(events, len(indices), "simulate")
         return _seen(events, nu, self.condition, self.target)
@@ -300,8 +308,10 @@ def _target(target: str, condition: bool) -> str:
     return target
 
 
-def _seen(events: Batch, nu: Tensor, condition: bool, target: str) -> Batch:
+def _seen(events: Batch, nu: Tensor | None, condition: bool, target: str) -> Batch:
     """Events as the network sees them: with ν beside x, or as the label."""
+    if nu is None:
+        return events
     if target == "nuisances":
         return Batch(events.x, nu, events.weight)
     return events._replace(x=at(events.x, nu)) if condition else events
@@ -316,7 +326,7 @@ def _check_size(events: Batch, expected: int, name: str) -> None:
     found = set(sizes(tuple(events)))
     if found != {expected}:
         raise ValueError(
-            f"Expected {name} to return {expected} events, as many as nuisances; got tensors of "
+            f"Expected {name} to return {expected} events, as many as asked for; got tensors of "
             f"{sorted(found)}."
         )
 
