@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -157,7 +158,7 @@ class PosteriorHead(nn.Module):
             ValueError: If a label or reference is not in the space or there is none.
         """
         z = as_tensor(z, "labels").detach().cpu()
-        z = self._columns(z) if z.ndim == 1 else z
+        z = self._columns(z)
         hint = self.space._hint(z.shape[-1]) if z.ndim else ""
         check_shape(z, ("N", self.space.label_size), "labels", hint)
         if not len(z):
@@ -232,9 +233,12 @@ class PosteriorHead(nn.Module):
             z = self.space.validate(z, "reference")
         return z.to(self.flow.bias.device), flags
 
-    def _columns(self, z: Tensor) -> Tensor:
-        """Labels (N,) of a single column as (N, 1)."""
-        return z.unsqueeze(-1) if self.space.label_size == 1 and z.shape[-1:] != (1,) else z
+    def _columns(self, z: Tensor, context: Any = None) -> Tensor:
+        """Labels (N,) of a single column as (N, 1), also where N is 1."""
+        if self.space.label_size != 1:
+            return z
+        bare = z.ndim < (2 if context is None else np.ndim(context))
+        return z.unsqueeze(-1) if bare or z.shape[-1] != 1 else z
 
     def _context(self, context: Any) -> Tensor | None:
         if context is None:
@@ -341,7 +345,7 @@ class PosteriorHead(nn.Module):
             ValueError: If labels or mask do not fit.
         """
         if mask is None:
-            q, z = self._bind(context, reference), self._columns(as_tensor(z, "labels"))
+            q, z = self._bind(context, reference), self._columns(as_tensor(z, "labels"), context)
             self._match(q, z)
             return q.log_prob(z)
         return self._masked(context, z, mask, reference)[1]
@@ -353,7 +357,8 @@ class PosteriorHead(nn.Module):
 
         Those of missing labels are arbitrary.
         """
-        z = self._columns(as_tensor(z, "labels", like=self.flow.bias)).to(self.flow.bias.device)
+        z = self._columns(as_tensor(z, "labels", like=self.flow.bias), context)
+        z = z.to(self.flow.bias.device)
         known = read_mask(self.space, mask, z)
         terms = known_coordinates(self.space, known)
         q = self._bind(context, reference, known)
@@ -382,6 +387,7 @@ class PosteriorHead(nn.Module):
         Raises:
             ValueError: If labels do not fit.
         """
-        q, z = self(context, reference=reference), self._columns(as_tensor(z, "labels"))
+        q = self(context, reference=reference)
+        z = self._columns(as_tensor(z, "labels"), context)
         self._match(q, z)
         return q.to_base_and_log_prob(z)

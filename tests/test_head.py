@@ -10,7 +10,7 @@ import flowpost as fp
 from flowpost import losses
 from flowpost.head import PosteriorHead
 from flowpost.model import PosteriorModel
-from flowpost.spaces import Interval, Positive, Product, Real
+from flowpost.spaces import Circle, Interval, Positive, Product, Real
 
 SPACE = Product(e=Positive(), x=Real(2), y=Interval(-1.0, 2.0))
 
@@ -303,6 +303,30 @@ def test_labels_of_a_single_column_need_no_axis():
     head.fit_scale(z)
     other.fit_scale(z.unsqueeze(-1))
     assert torch.equal(head.loc, other.loc)
+
+
+@pytest.mark.parametrize("space", [Real(), Positive(), Circle()])
+def test_a_batch_of_one_event_needs_no_axis_either(space):
+    """As the last of a loader often is."""
+    head = head_of(space)
+    context, z = torch.randn(1, 3).double(), torch.rand(1).double() + 0.1
+    expected = head.log_prob(context, z[:, None])
+    assert expected.shape == (1,)
+    for found in (
+        head.log_prob(context, z),
+        head.log_prob(context, z, torch.ones(1, 1, dtype=torch.bool)),
+        head.to_base_and_log_prob(context, z)[1],
+        # an event without a batch
+        head.log_prob(context[0], z)[None],
+    ):
+        assert torch.equal(found, expected)
+    assert torch.equal(head.loss(context, z), -expected.mean())
+    assert PosteriorHead(0, space).fit_scale(z).log_prob(None, z).shape == (1,)
+    events = torch.utils.data.TensorDataset(torch.randn(5, 3), torch.rand(5) + 0.1)
+    pytest.importorskip("lightning.pytorch")
+    model = PosteriorModel(None, PosteriorHead(3, space, "diagonal"))
+    loader = torch.utils.data.DataLoader(events, batch_size=4)
+    fp.fit(model, loader, val=events.tensors, epochs=1, progress=False)
 
 
 @pytest.mark.parametrize(

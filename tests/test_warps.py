@@ -73,10 +73,13 @@ def test_spline_keeps_both_ends():
         torch.testing.assert_close(torch.minimum(back, back_rest), small, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("space", [fp.Sphere(), fp.Product(energy=fp.Positive(), n=fp.Sphere())])
-def test_density_of_a_head(space, tmp_path):
+@pytest.mark.parametrize(
+    ("space", "layers"),
+    [(fp.Sphere(), None), (fp.Sphere(), 1), (fp.Product(energy=fp.Positive(), n=fp.Sphere()), 1)],
+)
+def test_density_of_a_head(space, layers, tmp_path):
     torch.manual_seed(1)
-    head = fp.PosteriorHead(3, space, warps=COUNT, bins=BINS, layers=1, hidden=8).double()
+    head = fp.PosteriorHead(3, space, warps=COUNT, bins=BINS, layers=layers, hidden=8).double()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -85,7 +88,8 @@ def test_density_of_a_head(space, tmp_path):
     q = head(context)
     direction = q if isinstance(space, fp.Sphere) else q["n"]
     z, omega = nodes(n=200, m=200)
-    p = direction[0].detach().log_prob(z).exp()
+    p, other = (direction[i].detach().log_prob(z).exp() for i in (0, 1))
+    assert (p - other).abs().max() > 0.001
     assert float((p * omega).sum()) == pytest.approx(1, abs=5e-3)
     z, log_prob = q.sample_and_log_prob((20,))
     torch.testing.assert_close(q.log_prob(z), log_prob, rtol=0, atol=1e-6)

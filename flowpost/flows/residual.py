@@ -113,7 +113,7 @@ class ResidualFlow(nn.Module):
         self.weight = nn.Parameter(torch.zeros(first, context)) if context else None
         # apart from the others, for a training that lets them decay faster
         self.spline_weight = (
-            nn.Parameter(torch.zeros(size - first, context)) if context and count else None
+            nn.Parameter(torch.zeros(size - first, context)) if context and size > first else None
         )
         self.bias = nn.Parameter(torch.zeros(size))
         self.log_width = nn.Parameter(torch.zeros(space.width_size)) if rung == "mse" else None

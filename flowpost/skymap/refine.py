@@ -6,9 +6,10 @@ With P(c) = q(centre of c) · area(c), the children of a cell c are split furthe
    \max_i P(c_i) \Big( \frac{\sinh a}{a} - 1 \Big), \quad
    a = \tfrac12 \ln \frac{\max_i q(c_i)}{\min_i q(c_i)}
 
-exceeds the tolerance. The first is Richardson's estimate of the children's midpoint error, which
-falls with the square of the cell size; the second is that error in a tail, where the density falls
-exponentially across a cell and all five midpoints may see next to nothing.
+exceeds the tolerance, or three times it beyond 80 000 densities. The first is Richardson's estimate
+of the children's midpoint error, which falls with the square of the cell size; the second is that
+error in a tail, where the density falls exponentially across a cell and all five midpoints may see
+next to nothing.
 
 From a fixed grid either rule misses what is narrower than the grid: every term is zero. So the tree
 first follows S of the posterior's own draws s, down to cells that hold n of them, at most 8, and
@@ -35,6 +36,9 @@ __all__ = ["Cells", "refine"]
 _PER_CELL = 8  # draws
 _STEEPEST = 6.0  # nats per half cell; beyond, the Gaussian tail bends away from the exponential
 _PROMISE = 4.0
+# densities beyond which the tolerance is larger, and how much: a ring of 3′ about a pole took
+# 155 000 without, and its integral is 0.9994 with it
+_MANY, _LAX = 80_000, 3.0
 
 Density = Callable[[np.ndarray], np.ndarray]
 _Three = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -132,7 +136,8 @@ def _divide(
         done.append((order[finest], pixel[finest], value[finest]))
         parent, order, pixel = value[~finest], *children(order[~finest], pixel[~finest])
         value = mass(order, pixel)
-        split = np.repeat(_error(parent, value.reshape(-1, 4)) > tolerance, 4)
+        most = tolerance * (_LAX if mass.evaluations > _MANY else 1.0)
+        split = np.repeat(_error(parent, value.reshape(-1, 4)) > most, 4)
         done.append((order[~split], pixel[~split], value[~split]))
         order, pixel, value = order[split], pixel[split], value[split]
     done.append((order, pixel, value))
