@@ -237,7 +237,7 @@ class PosteriorHead(nn.Module):
         """Labels (N,) of a single column as (N, 1), also where N is 1."""
         if self.space.label_size != 1:
             return z
-        bare = z.ndim < (2 if context is None else np.ndim(context))
+        bare = z.ndim == 1 and (context is None or np.ndim(context) > 1)
         return z.unsqueeze(-1) if bare or z.shape[-1] != 1 else z
 
     def _context(self, context: Any) -> Tensor | None:

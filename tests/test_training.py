@@ -553,6 +553,8 @@ def test_the_last_epochs_settle_from_the_best_weights_without_dropout():
     history = fit(model, (X, Z), epochs=20, lr=1e-2)
     # three batches an epoch, of which a tenth of the epochs settle
     assert active == [True] * 54 + [False] * 6
+    first, last = history["lr"][18:]
+    assert 1e-3 > first > 4e-4 > 2 * last >= 0
     assert len(history.epochs) == 20
     assert history["epoch"] == list(range(1, 21))
     best = min(history.epochs[:18], key=lambda e: e.val_nll)

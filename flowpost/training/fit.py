@@ -66,11 +66,11 @@ def fit(
 ) -> History:
     """Train a model by the joint KL, and leave it with the weights of its best validation epoch.
 
-    The last epochs (five, at most a tenth of all) settle: from the best weights, at a tenth of the
-    rate and without dropout, so that the predicted widths are those of the network as it will be
-    used; before, dropout and large steps widen them. The model is left in evaluation mode. Labels
-    and inputs are scaled by the training part, unless they were before. The same seed gives the
-    same weights twice on the same machine, also where a run was stopped and resumed.
+    The last epochs (five, at most a tenth of all) settle: from the best weights, from a tenth of
+    the rate down and without dropout, so that the predicted widths are those of the network as it
+    will be used; before, dropout and large steps widen them. The model is left in evaluation mode.
+    Labels and inputs are scaled by the training part, unless they were before. The same seed gives
+    the same weights twice on the same machine, also where a run was stopped and resumed.
 
     Arguments:
         model: Encoder and head.

@@ -31,8 +31,8 @@ _AVERAGE = 0.995
 # benchmarks/linear_gaussian.py and benchmarks/defaults.py: splines are the first to fit noise, and
 # the more labels the sooner
 _SPLINE_DECAY = {"spline_weight": 4.0, "outer": 0.5}
-# of the settling: its rate in units of the peak, its running average, and the nats by which the
-# settled weights may be worse in validation than the best
+# of the settling: its first rate in units of the peak, its running average, and the nats by which
+# the settled weights may be worse in validation than the best
 _SETTLE_RATE = 0.1
 _SETTLE_AVERAGE = 0.99
 _SETTLE_LOSS = 0.003
@@ -110,9 +110,13 @@ def module_class() -> type:
             # Lightning does not clip gradients of a fused optimizer under mixed precision
             fused = "mixed" not in str(self.trainer.precision)
             optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
+            steps = self.trainer.estimated_stepping_batches
+            if self.settling and math.isfinite(steps):
+                # at a constant rate widths stay as wide as its noise: benchmarks/telescope3d.py
+                decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(steps))
+                return [optimizer], [{"scheduler": decay, "interval": "step"}]
             if self.schedule is None or self.settling:
                 return optimizer
-            steps = self.trainer.estimated_stepping_batches
             if not math.isfinite(steps):
                 raise ValueError(
                     "Expected a finite number of epochs and batches for the learning-rate "
