@@ -340,3 +340,12 @@ def test_refused_vectors(x, text):
     with pytest.raises(ValueError, match="Expected") as error:
         filled("diagonal").log_prob(x, labels(N))
     assert text in str(error.value)
+
+
+def test_data_of_one_event_need_no_axis():
+    likelihood = fl.FlowLikelihood(fp.Real(), fp.Real()).fit_scale(torch.randn(9), torch.randn(9))
+    x, z = torch.randn(1), torch.randn(1, 1)
+    bound = likelihood(z)
+    assert bound.log_prob(x).shape == (1,)
+    assert torch.equal(bound.log_prob(x), bound.log_prob(x[:, None]))
+    assert bound.measured(x).shape == (1,)

@@ -108,7 +108,8 @@ class BoundFlowLikelihood(BoundLikelihood):
         self.batch_shape = flow.batch_shape
 
     def _continuous(self, x: Any, generator: torch.Generator | None) -> Tensor:
-        x = _columns(self.flow.space, as_tensor(x, "x", like=self.flow._flow.location))
+        x = as_tensor(x, "x", like=self.flow._flow.location)
+        x = _columns(self.flow.space, x, len(self.batch_shape))
         check_events(x.shape[:-1], self.batch_shape, "x")
         if self.step:
             device = x.device if generator is None else generator.device
@@ -140,7 +141,8 @@ class BoundFlowLikelihood(BoundLikelihood):
 
     def measured(self, x: Any) -> Tensor:
         """The columns of x."""
-        x = _columns(self.flow.space, as_tensor(x, "x", like=self.flow._flow.location))
+        x = as_tensor(x, "x", like=self.flow._flow.location)
+        x = _columns(self.flow.space, x, len(self.batch_shape))
         return x.new_full(x.shape[:-1], float(x.shape[-1]))
 
     def residuals(
@@ -158,5 +160,9 @@ def _within(x: Tensor, step: float, u: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(inner, low), high)
 
 
-def _columns(space: Space, x: Tensor) -> Tensor:
-    return x.unsqueeze(-1) if space.label_size == 1 and x.shape[-1:] != (1,) else x
+def _columns(space: Space, x: Tensor, batch: int = 1) -> Tensor:
+    """Data of a single column with its axis, also those of one event."""
+    if space.label_size != 1:
+        return x
+    bare = x.ndim == 1 and batch > 0
+    return x.unsqueeze(-1) if bare or x.shape[-1] != 1 else x
