@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=50_000)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest rate of `shapes`")
-    parser.add_argument("--warps", type=int, nargs="+", default=[0, 32])
+    parser.add_argument("--warps", type=int, nargs="+", default=[0, 64])
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:
@@ -254,7 +254,7 @@ def main() -> None:
             print(f"seed {seed}: KL {r['kl']:.4f}, ESS {100 * r['ess']:.2f} %", flush=True)
         else:
             for warps in args.warps:
-                r = world(seed, warps)
+                r = world(seed, warps, epochs=args.epochs)
                 print(
                     f"seed {seed}, {warps} warps: NLL {r['nll']:.3f}, truth {r['true']:.3f}, gap "
                     f"{r['nll'] - r['true']:.3f} nats, {r['cpu']:.0f} CPU-s",

@@ -65,7 +65,8 @@ def main() -> None:
     with torch.no_grad():
         q = model(fresh["x"], reference=fresh["reference"])  # the network runs once for all below
     arrival = SPACE.unpack(fresh["z"])["direction"]
-    print(fp.coverage(q.to_base(fresh["z"]), log_prob=q.log_prob(fresh["z"])))
+    u, names = q.to_base(fresh["z"]), q.space.base_names
+    print(fp.coverage(u, log_prob=q.log_prob(fresh["z"]), names=names))
     some = slice(0, 2000)
     print(fp.diagnostics.hpd_coverage(q["direction"][some], arrival[some]))
 

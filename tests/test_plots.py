@@ -551,7 +551,7 @@ def test_corner_draws_a_direction_as_offsets_from_its_mean():
     truth = q.sample(generator=torch.Generator().manual_seed(1))
     axes = plot_corner(q, truth, event=1, draws=4000)
     assert axes.shape == (4, 4)
-    names = ["energy", "direction Δaz [°]", "direction Δalt [°]", "angle"]
+    names = ["energy", "direction Δaz [°]", "direction Δalt [°]", "angle [rad]"]
     assert [ax.get_xlabel() for ax in axes[-1]] == names
     draws = q[1].sample((4000,), generator=torch.Generator().manual_seed(0)).double()[:, 1:4]
     mean = torch.nn.functional.normalize(draws.mean(0), dim=0)
@@ -567,6 +567,18 @@ def test_corner_draws_a_direction_as_offsets_from_its_mean():
     spread = torch.rad2deg(torch.asin(draws @ east)).std()
     edges = axes[1, 1].patches[0].get_data()[1]
     assert 4 * spread < edges[-1] - edges[0] < 9 * spread
+
+
+def test_corner_says_that_angles_are_in_radians():
+    draws = torch.Generator().manual_seed(0)
+    inner = fp.Product(roll=fp.Circle(), unit=fp.Circle(vector=True), mass=fp.Positive())
+    for space, names in (
+        (fp.Circle(), ["z [rad]"]),
+        (fp.Product(a=inner), ["a.roll [rad]", "a.unit[0]", "a.unit[1]", "a.mass"]),
+    ):
+        q = fp.PosteriorHead(3, space, "diagonal")(torch.zeros(1, 3))
+        axes = plot_corner(q, draws=500, generator=draws)
+        assert [ax.get_xlabel() for ax in axes[-1]] == names
 
 
 def test_corner_overlays_directions_about_the_same_middle():

@@ -48,6 +48,11 @@ def test_printed_numbers_agree_with_the_map(alert):
     assert 0 < number(r"angular resolution ([\d.]+)°", text) < 90
     assert 0 <= number(r"searched probability of the truth ([\d.]+) %", text) <= 100
     assert text.count("coverage of 300 events") == 2
+    pulls = text.split("KS p\n")[1].splitlines()[:6]
+    assert [line.split()[0] for line in pulls] == [
+        *("direction.u0", "direction.u1", "energy"),
+        *("position[0]", "position[1]", "position[2]"),
+    ]
 
 
 def test_other_readers_find_the_map_through_its_unique_numbers(alert):

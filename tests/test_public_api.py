@@ -71,7 +71,7 @@ Circle(*, vector=False)
 Sphere()
 Product(**spaces)
 PosteriorHead(context, space, flow='spline', *, layers=None, bins=8, hidden=64, coupling=False, \
-dropout=None, warps=0, reference=None)
+dropout=None, warps=0, wait=None, reference=None)
 PosteriorHead.fit_scale(self, z, weight=None, reference=None)
 PosteriorHead.forward(self, context, *, reference=None, validate_args=True)
 PosteriorHead.loss(self, context, z, weight=None, mask=None, *, reference=None, \

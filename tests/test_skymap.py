@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import flowpost as fp
 from flowpost import skymap
 from flowpost.skymap import SkyMap
 from flowpost.skymap.cells import centres, first, from_uniq, index_of, to_uniq
+from flowpost.skymap.frames import show_area
 
 hp = pytest.importorskip("healpy")
 fits = pytest.importorskip("astropy.io.fits")
@@ -824,6 +826,24 @@ def test_result_reads_well_and_is_frozen(degree):
     assert "azimuth" in narrow
     with pytest.raises(dataclasses.FrozenInstanceError):
         sky.frame = "G"
+
+
+def test_areas_have_no_exponents():
+    sky = skymap.multiorder(Uniform())
+    assert re.search(r"90 % area      371\d\d deg²", str(sky))
+    for value, text in ((10_720.3, "10720 deg²"), (999.96, "1000 deg²"), (12.3456, "12.35 deg²")):
+        assert show_area(value) == text
+
+
+def test_truth_as_a_tensor_is_rotated_as_the_docstrings_say():
+    r = rotation()
+    sky = skymap.multiorder(VonMisesFisher(at(60, 35), 10 * DEGREE), rotation=r)
+    labels = torch.tensor(np.stack([at(50, 40), at(60, 35)]), dtype=torch.float32)
+    areas = sky.searched_area(labels.numpy() @ r.T)
+    assert areas[0] == sky.searched_area(r @ labels[0].numpy())
+    docs = [sky.searched_area.__doc__, sky.searched_probability.__doc__, sky.plot.__doc__]
+    for text in [*docs, sky.plot_zoom.__doc__, skymap.multiorder.__doc__]:
+        assert "R @ label.numpy()" in text
 
 
 def test_bad_integral_is_told():

@@ -13,6 +13,7 @@ from flowpost._checks import as_tensor, check_finite, check_positive_int
 from flowpost.plots.coverage import _COLOURS
 from flowpost.plots.regions import FEWEST, check_levels, draws_region
 from flowpost.plots.tangent import middles, offsets
+from flowpost.spaces import Circle
 
 if TYPE_CHECKING:
     from flowpost.posterior import Posterior
@@ -43,7 +44,7 @@ def plot_corner(
 
     The three columns of a direction are drawn as two: offsets in degrees from the mean direction
     of the first posterior on these axes, along azimuth (or right ascension) and altitude (or
-    declination). `SkyMap.plot_zoom` shows one on the sky.
+    declination). `SkyMap.plot_zoom` shows one on the sky. Angles are in radians.
 
     Arguments:
         posterior: A posterior of a batch (N,) of events or of one, or draws of one of shape (S, D).
@@ -152,7 +153,17 @@ def _shown(
     if axes is not None:
         about |= getattr(np.asarray(axes, dtype=object).flat[0], "_flowpost_about", {})
     both, names = offsets(space, both, about)
+    names = tuple(f"{n} [rad]" if n in _angles(space) else n for n in names)
     return both[:count], None if true is None else both[-1].tolist(), names, about
+
+
+def _angles(space: Space) -> set[str]:
+    """Columns that are angles in radians."""
+    return {
+        space.names[b.columns.start]
+        for b in space.blocks
+        if isinstance(b.space, Circle) and not b.space.vector
+    }
 
 
 def _names(known: tuple[str, ...], names: Sequence[str] | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowpost.plots.legend import LEGEND, free_legend
 from flowpost.plots.regions import check_levels
 from flowpost.skymap.cells import directions
 from flowpost.skymap.frames import show_area, show_direction
@@ -34,15 +35,21 @@ _STYLES, _LINE, _TRUTH = ("solid", "dashed", "dotted", "dashdot"), "#202020", "#
 _SATURATED = 0.05  # credibility of the region that may exceed the colour scale
 _LOWEST, _RANGE = 0.95, 100  # credibility where a logarithmic scale ends, ratio that calls for it
 _WIDTH = 1600  # image pixels across the whole sky
-_SMALL = 1.5  # degrees: smaller regions get a circle on the whole sky
+_SMALL = 3.5  # degrees: parts that are smaller get a circle on the whole sky, not rims
 _PIXELS, _FIELD = 501, 60.0  # of a gnomonic field, and its widest half-width in degrees
 _NAMES = {
     "C": ("right ascension", "declination"),
     "G": ("Galactic longitude", "latitude"),
     "local": ("azimuth from +x to +y", "altitude"),
 }
+_ALONG = {
+    "C": ("east", "north"),
+    "G": ("along Galactic longitude", "along latitude"),
+    "local": ("along azimuth, from +x to +y", "along altitude"),
+}
 _UNITS = (("deg", "°", 1), ("arcmin", "′", 60), ("arcsec", "″", 3600))
-_LEGEND: dict[str, Any] = {"fontsize": "small", "framealpha": 0.8, "edgecolor": "none"}
+_CIRCLE: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": _LINE, "mew": 0.8, "ms": 14}
+_STAR = 16  # pixels of a gnomonic field either side of a star
 
 
 def plot_skymap(
@@ -58,14 +65,15 @@ def plot_skymap(
     """Draw the whole sky with the rims of the credible regions.
 
     Longitude increases to the left. Cells finer than the image are averaged, so a narrow mode keeps
-    its probability; regions too small to see get a circle. The colour scale ends where the densest
-    5 % of the probability begin, and is logarithmic where modes of very different width need it.
+    its probability; parts of regions within 3.5° get a circle in place of their rims. The colour
+    scale ends where the densest 5 % of the probability begin, and is logarithmic where modes of
+    very different width need it.
 
     Arguments:
         sky: The map.
         ax: Where to draw, of `projection="mollweide"`; by default a new figure.
-        truth: True direction, a unit vector (3,) in the frame of the map: `R @ label` where that
-            was made with a rotation R. The legend gives its credible level.
+        truth: True direction, a unit vector (3,) in the frame of the map: `R @ label.numpy()` where
+            that was made with a rotation R. The legend gives its credible level.
         levels: Credibilities in (0, 1), at most 4.
         center: Longitude in the middle, in degrees; 180 keeps a region across 180° in one piece.
         cmap: Colour map of the density.
@@ -91,16 +99,19 @@ def plot_skymap(
     ax.add_image(image)
     image.set_clip_path(ax.patch)
     level = np.ma.array(coarse.levels[cell], mask=~inside)
+    for spot, reach in small_parts(coarse, max(levels), _SMALL):
+        ax.plot(*mollweide_place(spot, center), clip_on=False, **_CIRCLE)
+        near = vectors @ spot > np.cos(np.radians(1.5 * reach))
+        level[inside] = np.where(near, 1.0, level[inside])  # no rims there
     steps = _steps(coarse, levels, 360 / _WIDTH)
     handles = _contours(ax, x, y, level, steps, sky, transform=ax.transAxes)
-    for spot in small_parts(coarse, max(levels), _SMALL):
-        ax.plot(*mollweide_place(spot, center), "o", mfc="none", mec=_LINE, mew=0.8, ms=12)
     if truth is not None:
-        handles += ax.plot(*mollweide_place(_one(truth), center), **_star(sky, truth))
+        star = _star(sky, truth) | {"ms": 8, "clip_on": False}
+        handles += ax.plot(*mollweide_place(_one(truth), center), **star)
     _graticule(ax, center, sky.frame)
     if colorbar:
         _colorbar(ax, image, "deg", orientation="horizontal", shrink=0.5, pad=0.02, aspect=30)
-    ax.legend(handles=handles, loc="upper right", bbox_to_anchor=(1.06, 1.1), **_LEGEND)
+    ax.legend(handles=handles, loc="upper right", bbox_to_anchor=(1.06, 1.1), **LEGEND)
     return ax
 
 
@@ -120,13 +131,14 @@ def plot_zoom(
     In a local frame the axes are along azimuth, counted from +x to +y, and altitude. By default the
     field holds that part of the largest credible region that hangs together with the maximum, but
     for a hundredth of its probability: other modes further away than its own size, and a few cells
-    far out, are left out.
+    far out, are left out. The legend is in a corner that is free of regions, or below.
 
     Arguments:
         sky: The map.
         ax: Where to draw; by default a new figure.
-        truth: True direction, a unit vector (3,) in the frame of the map: `R @ label` where that
-            was made with a rotation R. The legend gives its credible level.
+        truth: True direction, a unit vector (3,) in the frame of the map: `R @ label.numpy()` where
+            that was made with a rotation R. The legend gives its credible level, or its distance
+            from the middle where it is outside the field.
         levels: Credibilities in (0, 1), at most 4.
         center: Unit vector (3,) in the middle; by default that of the region.
         radius: Half-width of the field in degrees, at most 60; by default that of the region.
@@ -142,7 +154,7 @@ def plot_zoom(
     levels = _levels(levels)
     ax = _axes("rectilinear", (5.4, 4.6)) if ax is None else ax
     middle, reach = _field(sky, max(levels), center, radius)
-    unit, sign, scale = next((u for u in _UNITS if reach * u[2] >= 1), _UNITS[-1])
+    unit, sign, scale = _unit(reach)
     frame = tangent_frame(middle)
     half = np.tan(np.radians(reach))
     x, y, vectors = tangent_pixels(frame, half, _PIXELS)
@@ -164,8 +176,13 @@ def plot_zoom(
     ax.set_title(f"centre {place}", fontsize="medium")
     if colorbar:
         _colorbar(ax, image, unit, shrink=0.85)
-    ax.legend(handles=handles, loc="upper right", **_LEGEND)
+    free_legend(ax, handles, _taken(sky.levels[cell] <= max(levels), ax, handles, half))
     return ax
+
+
+def _unit(degrees: float) -> tuple[str, str, int]:
+    """Name, sign, and number per degree of the unit that suits an angle."""
+    return next((u for u in _UNITS if degrees * u[2] >= 1), _UNITS[-1])
 
 
 def _axes(projection: str, size: tuple[float, float]) -> Any:
@@ -237,8 +254,7 @@ def _offsets(ax: Any, reach: float, scale: float, sign: str, frame: str) -> None
     labels = [_minus(f"{a:g}") for a in angles]
     ax.set_xticks(at, labels)
     ax.set_yticks(at, labels)
-    names = ("along azimuth, from +x to +y", "along altitude")
-    across, up = names if frame == "local" else ("east", "north")
+    across, up = _ALONG[frame]
     ax.set(xlabel=f"offset {across} [{sign}]", ylabel=f"offset {up} [{sign}]")
 
 
@@ -292,10 +308,26 @@ def _star(sky: SkyMap, truth: Any) -> dict[str, Any]:
 
 
 def _star_in_plane(ax: Any, sky: SkyMap, truth: Any, frame: np.ndarray, half: float) -> list[Any]:
-    across, up, ahead = np.zeros(3) if truth is None else frame @ _one(truth)
-    if ahead <= 0 or max(abs(across), abs(up)) > half * ahead:
+    """The truth and its entry in a legend; outside the field the entry says how far it is."""
+    if truth is None:
         return []
-    return list(ax.plot(across / ahead, up / ahead, **_star(sky, truth)))
+    across, up, ahead = frame @ _one(truth)
+    if ahead > 0 and max(abs(across), abs(up)) <= half * ahead:
+        return list(ax.plot(across / ahead, up / ahead, **_star(sky, truth)))
+    away = np.degrees(np.arctan2(np.hypot(across, up), ahead))
+    _, sign, scale = _unit(away)
+    return list(ax.plot([], [], ls="", label=f"truth, {away * scale:.3g}{sign} away"))
+
+
+def _taken(region: np.ndarray, ax: Any, handles: list[Any], half: float) -> np.ndarray:
+    """Pixels of a gnomonic field that hold regions or a star, where no legend may be."""
+    taken = region[:, ::-1].copy()  # east is left
+    for line in handles:
+        for point in line.get_xydata() if line.axes is ax else ():
+            place = np.array([-1, 1]) * point / half
+            column, row = ((place + 1) / 2 * (_PIXELS - 1)).astype(int)
+            taken[max(row - _STAR, 0) : row + _STAR, max(column - _STAR, 0) : column + _STAR] = True
+    return taken
 
 
 def _colorbar(ax: Any, image: Any, unit: str, **options: Any) -> None:

@@ -76,7 +76,7 @@ def multiorder(
             Galactic, or "local", of which no multi-order file is written.
         rotation: Matrix (3, 3) of determinant +1 that takes vectors of the labels' frame to
             equatorial ones, see `detector_rotation` and `galactic_rotation`. The map is then "C",
-            and a true label has to be rotated too before it is compared: `truth = R @ label`.
+            and a true label has to be rotated too before it is compared: `R @ label.numpy()`.
         draws: Draws S that seed the cells.
         tolerance: Estimated error of the probability of four cells that has them refined.
         max_evaluations: Where to stop refining, with a warning.

@@ -158,4 +158,5 @@ def show_area(square_degrees: float) -> str:
     for unit, per in (("deg²", 1.0), ("arcmin²", 3600.0), ("arcsec²", 3600.0**2)):
         if square_degrees * per >= 0.1 or unit == "arcsec²":
             break
-    return f"{square_degrees * per:.4g} {unit}"
+    value = square_degrees * per
+    return f"{value:.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"

@@ -18,7 +18,7 @@ __all__ = [
     "tangent_pixels",
 ]
 
-_MARGIN = 1.35  # of a field, beyond its region: leaves a corner for the legend
+_MARGIN = 1.5  # of a field, beyond its region: a round one leaves its corners to the legend
 _STRAY = 0.01  # of a region's probability, which a field may leave out
 _MOST, _TRIED = 12, 100  # small parts, and all parts from the densest down
 
@@ -128,21 +128,32 @@ def _extent(away: np.ndarray, mass: np.ndarray) -> float:
     return float(np.degrees(away[rank][min(inside, len(rank) - 1)]))
 
 
-def small_parts(sky: SkyMap, level: float, size: float) -> list[np.ndarray]:
-    """Densest directions of at most 12 parts of a level's region that are below `size` degrees."""
+def small_parts(sky: SkyMap, level: float, size: float) -> list[tuple[np.ndarray, float]]:
+    """Parts of a level's region within `size` degrees of their densest direction, at most 12.
+
+    Around each lies an empty ring, up to twice as far. Where two are close, half of `size` is tried
+    too, so that each is found by itself.
+
+    Returns:
+        The densest direction (3,) of each, and within how many degrees of it the part lies.
+    """
     members = np.flatnonzero(sky.levels <= level)
     members = members if len(members) else np.array([sky.density.argmax()])
     vectors = sky.centres()[members[np.argsort(-sky.density[members], kind="stable")]]
-    parts: list[np.ndarray] = []
+    parts: list[tuple[np.ndarray, float]] = []
     left = np.ones(len(vectors), dtype=bool)
     for _ in range(_TRIED):
         if not left.any() or len(parts) == _MOST:
             break
         one = vectors[left.argmax()]
         away = np.degrees(_distance(vectors, one))
-        if not ((away > size) & (away < 2 * size)).any():
-            parts.append(one)
-        left &= away > 2 * size
+        for reach in (size, size / 2):
+            if not ((away > reach) & (away < 2 * reach)).any():
+                parts.append((one, reach))
+                left &= away > 2 * reach
+                break
+        else:
+            left &= away > size
     return parts
 
 

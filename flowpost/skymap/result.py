@@ -150,7 +150,8 @@ class SkyMap:
 
         Arguments:
             direction: Unit vector (3,) or several (N, 3), in the frame of the map: where that was
-                made with a rotation R, the labels rotated too, `R @ label` or `labels @ R.T`.
+                made with a rotation R, the labels rotated too, `R @ label.numpy()` or
+                `labels.numpy() @ R.T` of tensors.
 
         Returns:
             A float, or an array (N,).
@@ -166,7 +167,7 @@ class SkyMap:
 
         It is the credible level at which the region reaches that direction: uniform over events
         where the posterior is calibrated. Arguments (directions in the frame of the map, so
-        `R @ label` after a rotation), returns and halves as of `searched_area`.
+        `R @ label.numpy()` after a rotation), returns and halves as of `searched_area`.
         """
         found = self.levels[self.cell_at(direction)]
         return found if found.ndim else float(found)
@@ -283,7 +284,7 @@ class SkyMap:
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the whole sky; options as of `flowpost.plots.plot_skymap`.
 
-        A `truth` is in the frame of the map: `R @ label` after a rotation.
+        A `truth` is in the frame of the map: `R @ label.numpy()` after a rotation.
         """
         from flowpost.plots.skymap import plot_skymap
 
@@ -292,7 +293,7 @@ class SkyMap:
     def plot_zoom(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the surroundings of the maximum; options as of `flowpost.plots.plot_zoom`.
 
-        A `truth` is in the frame of the map: `R @ label` after a rotation.
+        A `truth` is in the frame of the map: `R @ label.numpy()` after a rotation.
         """
         from flowpost.plots.skymap import plot_zoom
 
