@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,9 +41,13 @@ def as_tensor(value: Any, name: str, like: Tensor | None = None) -> Tensor:
             device=None if like is None else like.device,
         )
     except (TypeError, ValueError, RuntimeError) as error:
+        remedy = f"Convert it with torch.as_tensor first ({error})."
+        if isinstance(value, Mapping):
+            remedy = "Stack its values into one tensor."
+            if "labels" in name:
+                remedy = "Pack it, as a Product does: space.pack({…})."
         raise ValueError(
-            f"Expected {name} as a tensor or array of numbers; got {type(value).__name__}. "
-            f"Convert it with torch.as_tensor first ({error})."
+            f"Expected {name} as a tensor or array of numbers; got {type(value).__name__}. {remedy}"
         ) from error
     if tensor.is_complex():
         raise ValueError(f"Expected {name} as real numbers; got {tensor.dtype}.")

@@ -7,6 +7,7 @@ arc-second needs double precision in an angle; a float32 vector is good to 0.01�
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from ._checks import as_tensor, check_finite
 
 __all__ = ["from_ra_dec", "from_zenith_azimuth", "separation", "to_ra_dec", "to_zenith_azimuth"]
+
+_FULL_TURN = 2 * math.pi * 1.01
 
 
 def _read(value: Any, name: str, degrees: bool) -> Tensor:
@@ -34,6 +37,17 @@ def _check_range(angle: Tensor, low: float, high: float, name: str, degrees: boo
             f"{shown[2]:.4g}. "
             f"Set degrees={not degrees} if the angles are in "
             f"{'radians' if degrees else 'degrees'}."
+        )
+
+
+def _warn_of_degrees(angle: Tensor, name: str) -> None:
+    size = angle.abs()
+    if float((size > _FULL_TURN).double().mean()) > 0.5:
+        warnings.warn(
+            f"Expected {name} in radians; got angles of which most are beyond 2π (median size "
+            f"{float(size.median()):.4g}). If they are degrees, set degrees=True; angles on other "
+            "branches mean the same modulo 2π.",
+            stacklevel=3,
         )
 
 
@@ -71,9 +85,14 @@ def from_zenith_azimuth(zenith: Any, azimuth: Any, *, degrees: bool = False) -> 
 
     Raises:
         ValueError: If an angle is not finite, or a zenith is not between 0 and π.
+
+    Warns:
+        UserWarning: If most azimuths are beyond ±2π where they should be radians.
     """
     zenith, azimuth = _read(zenith, "zenith", degrees), _read(azimuth, "azimuth", degrees)
     _check_range(zenith, 0, math.pi, "zenith", degrees)
+    if not degrees:
+        _warn_of_degrees(azimuth, "azimuth")
     return _vector(zenith, azimuth)
 
 
@@ -97,9 +116,14 @@ def from_ra_dec(ra: Any, dec: Any, *, degrees: bool = False) -> Tensor:
 
     Raises:
         ValueError: If an angle is not finite, or a declination is not between −π/2 and π/2.
+
+    Warns:
+        UserWarning: If most right ascensions are beyond ±2π where they should be radians.
     """
     ra, dec = _read(ra, "ra", degrees), _read(dec, "dec", degrees)
     _check_range(dec, -math.pi / 2, math.pi / 2, "dec", degrees)
+    if not degrees:
+        _warn_of_degrees(ra, "ra")
     ra, dec = torch.broadcast_tensors(ra, dec)
     across = dec.cos()
     return torch.stack([across * ra.cos(), across * ra.sin(), dec.sin()], -1)

@@ -56,7 +56,7 @@ class PosteriorHead(nn.Module):
             steps and a loop of your own 300. Give a longer one a tenth of its steps.
         reference: Whether every event brings a first guess of its label, to which the location is
             relative: True, False, or the names of the blocks that have one. Where it is None,
-            `fit_scale` decides by what it is given.
+            `fit_scale` decides by what it is given, or the first step of training with one.
 
     Raises:
         ValueError: If an option is unknown or out of range.
@@ -152,13 +152,15 @@ class PosteriorHead(nn.Module):
             z: Labels of shape (N, D).
             weight: Event weights of shape (N,); their absolute values count.
             reference: First guesses of the labels, as in `forward`; the labels are whitened
-                relative to them, and the head asks for them from then on.
+                relative to them, and the head asks for them from then on. Another call decides
+                anew, unless the head was built with a choice.
 
         Raises:
-            ValueError: If a label or reference is not in the space or there is none.
+            ValueError: If a label or reference is not in the space or there is none, or the head
+                was built for other references.
         """
         z = as_tensor(z, "labels").detach().cpu()
-        z = self._columns(z)
+        z = self._columns(z) if z.ndim == 1 else z
         hint = self.space._hint(z.shape[-1]) if z.ndim else ""
         check_shape(z, ("N", self.space.label_size), "labels", hint)
         if not len(z):
@@ -169,7 +171,7 @@ class PosteriorHead(nn.Module):
             weight = check_weights(weight, z[:, 0].double())
             if not bool(weight.sum() > 0):
                 raise ValueError("Expected weights with a positive sum; all are 0.")
-        guess, flags = self._reference(reference, 2)
+        guess, flags = self._reference(reference, 2, fitting=True)
         if guess is not None:
             guess = guess.detach().cpu()
             if guess.shape != z.shape:
@@ -191,31 +193,49 @@ class PosteriorHead(nn.Module):
         self.referenced = torch.tensor(flags, device=self.fitted.device)
         return self
 
+    def _check_referenced(self, names: list[str], given: bool) -> None:
+        """Refuse references of other blocks than those that have one."""
+        blocks = self.space.blocks
+        wanted = [b.name for b, own in zip(blocks, self.referenced.tolist(), strict=True) if own]
+        if set(names) == set(wanted):
+            return
+        built = self._options["reference"] is not None
+        if given and 0 < len(wanted) < len(blocks):
+            remedy = f"Give {{{', '.join(f'{n!r}: …' for n in wanted)}}}."
+        elif built and not wanted:
+            remedy = "Leave it out, or build the head with reference=None."
+        else:
+            remedy = (
+                "Pass reference=… wherever the head is called and to set_scales, fit_scale or fit"
+            )
+            if not built:
+                remedy += ", or nowhere; head.fit_scale(z, reference=…) scales it anew"
+            remedy += "."
+        how = "built or scaled" if built or bool(self.fitted) else "called in training"
+        raise ValueError(
+            f"Expected a reference of {listed(wanted)}, as the head was {how}; got that of "
+            f"{listed(names)}. {remedy}"
+        )
+
     def _reference(
-        self, reference: Any, ndim: int | None = None, known: Tensor | None = None
+        self,
+        reference: Any,
+        ndim: int | None = None,
+        known: Tensor | None = None,
+        *,
+        fitting: bool = False,
     ) -> tuple[Tensor | None, tuple[bool, ...]]:
         """First guesses (..., D) of so many dimensions, and which leaf blocks have one.
 
-        Those of labels that are not known need not be either.
+        Those of labels that are not known need not be either. A scale that is being fitted is bound
+        only by how the head was built.
         """
         if isinstance(reference, Mapping) and not reference:
             reference = None
         blocks, names = self.space.blocks, named_blocks(self.space, reference)
-        if bool(self.fitted) or self._options["reference"] is not None:
-            wanted = [
-                b.name for b, own in zip(blocks, self.referenced.tolist(), strict=True) if own
-            ]
-            if set(names) != set(wanted):
-                remedy = (
-                    "Pass reference=… wherever the head is called, and to fit_scale or fit, or "
-                    "nowhere."
-                )
-                if reference is not None and 0 < len(wanted) < len(blocks):
-                    remedy = f"Give {{{', '.join(f'{n!r}: …' for n in wanted)}}}."
-                raise ValueError(
-                    f"Expected a reference of {listed(wanted)}, as the head was built or scaled; "
-                    f"got that of {listed(names)}. {remedy}"
-                )
+        built = self._options["reference"] is not None
+        if built or (not fitting and bool(self.fitted | self.referenced.any())):
+            self._check_referenced(names, reference is not None)
         if reference is None:
             return None, (False,) * len(blocks)
         flags = tuple(b.name in names for b in blocks)
@@ -238,7 +258,7 @@ class PosteriorHead(nn.Module):
         if self.space.label_size != 1:
             return z
         bare = z.ndim == 1 and (context is None or np.ndim(context) > 1)
-        return z.unsqueeze(-1) if bare or z.shape[-1] != 1 else z
+        return z.unsqueeze(-1) if bare or z.shape[-1:] != (1,) else z
 
     def _context(self, context: Any) -> Tensor | None:
         if context is None:
@@ -303,6 +323,9 @@ class PosteriorHead(nn.Module):
                 f"Expected one reference for each context; got contexts of shape "
                 f"{tuple(context.shape)} and references of shape {tuple(guess.shape)}."
             )
+        if any(flags) and self.training and torch.is_grad_enabled():
+            # decided from now on; in place, so that it works in any training loop
+            self.referenced |= torch.tensor(flags, device=self.referenced.device)
         flow = self.flow(context, scale, guess, flags)
         return Posterior(flow, validate_args=validate_args)
 
@@ -372,7 +395,9 @@ class PosteriorHead(nn.Module):
         """Refuse labels of other events than the contexts', which would broadcast."""
         if q.batch_shape and z.shape[:-1] != q.batch_shape:
             hint = self.space._hint(z.shape[-2]) if z.shape[-1] == 1 and z.ndim > 1 else ""
-            remedy = f"An encoder gives (N, {self.context}): flatten what it returns."
+            remedy = f"Give as many labels as inputs, {(*q.batch_shape, self.space.label_size)}."
+            if len(q.batch_shape) > 1:
+                remedy = f"An encoder gives (N, {self.context}): flatten what it returns."
             raise ValueError(
                 f"Expected one label for each context; got contexts of shape "
                 f"{(*q.batch_shape, self.context)} and labels of shape {tuple(z.shape)}. "

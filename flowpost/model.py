@@ -116,8 +116,11 @@ class PosteriorModel(nn.Module):
             reference: First guesses, for a head that wants them.
 
         Raises:
-            ValueError: If inputs, labels, weights or references do not fit.
+            ValueError: If inputs, labels, weights or references do not fit, or the head was scaled
+                with other references.
         """
+        if reference is not None and bool(self.head.fitted):
+            self.head._reference(reference, 2)
         x = mapped(x, torch.as_tensor)
         if self.unscaled:
             self.fit_scale(x, z)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowpost._checks import check_positive_int
+from flowpost._checks import as_tensor, check_positive_int
 from flowpost._events import chosen
 
 
@@ -29,6 +29,21 @@ def test_whole_numbers_of_any_kind(value):
     assert found == 3
     with pytest.raises(ValueError, match="Expected n as a whole number of at least 4; got"):
         check_positive_int(value, "n", minimum=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("labels", {"e": [1.0]}, r"got dict\. Pack it, as a Product does: space\.pack\(\{…\}\)\.$"),
+        ("x", {"a": [1.0]}, r"got dict\. Stack its values into one tensor\.$"),
+        ("labels", object(), r"got object\. Convert it with torch\.as_tensor first \("),
+    ],
+)
+def test_what_is_no_tensor(name, value, text):
+    with pytest.raises(
+        ValueError, match=f"Expected {name} as a tensor or array of numbers; {text}"
+    ):
+        as_tensor(value, name)
 
 
 def test_rows_of_events_and_their_device():

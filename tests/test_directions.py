@@ -188,6 +188,31 @@ def test_errors(call, text):
         call()
 
 
+@pytest.mark.parametrize("size", [1, 9])
+def test_a_longitude_in_degrees_is_told(size):
+    """Small zenith angles and declinations fit as radians too."""
+    polar = torch.linspace(0.1, 1.5, size).double()
+    longitude = torch.linspace(180, 350, size).double()
+    for name, call in (
+        ("azimuth", lambda a, **options: fd.from_zenith_azimuth(polar, a, **options)),
+        ("ra", lambda a, **options: fd.from_ra_dec(a, polar, **options)),
+    ):
+        median = longitude.median().item()
+        text = (
+            rf"Expected {name} in radians; got angles of which most are beyond 2π \(median size "
+            rf"{median:.4g}\)\. If they are degrees, set degrees=True; angles on other branches"
+        )
+        for sign in (1, -1):
+            with pytest.warns(UserWarning, match=text) as caught:
+                call(sign * longitude)
+            assert caught[0].filename == __file__
+        call(longitude, degrees=True)
+        # a whole turn, a few on other branches and none at all
+        call(torch.full((size,), 2 * math.pi))
+        call(torch.cat([torch.zeros(size), torch.full((size,), 400.0)])[:, None])
+        call(longitude[:0, None])
+
+
 def test_rounding_at_the_end_of_the_range_is_allowed():
     top = torch.tensor(math.pi, dtype=torch.float32)
     assert torch.isfinite(fd.from_zenith_azimuth(top, 0.0)).all()

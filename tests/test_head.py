@@ -292,7 +292,34 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(head.log_prob(context, z), head.log_prob(context, z))
 
 
+@pytest.mark.parametrize(
+    ("shape", "labels", "remedy"),
+    [
+        ((6, 3), (4, 4), r"Give as many labels as inputs, \(6, 4\)\.$"),
+        ((6, 3), (1, 4), r"Give as many labels as inputs, \(6, 4\)\.$"),
+        ((6, 3), (4, 6), r"Give as many labels as inputs, \(6, 4\)\.$"),
+        ((6, 5, 3), (6, 4), r"An encoder gives \(N, 3\): flatten what it returns\.$"),
+    ],
+)
+def test_labels_of_another_number(shape, labels, remedy):
+    text = f"Expected one label for each context; got contexts of shape .* {remedy}"
+    with pytest.raises(ValueError, match=text):
+        head_of().loss(torch.zeros(shape), torch.ones(labels))
+
+
 # ----------------------------------------------------------------------------- labels and scale
+
+
+@pytest.mark.parametrize("method", ["loss", "log_prob", "to_base_and_log_prob"])
+def test_labels_by_name_are_packed_first(data, method):
+    head, context, z = data
+    text = r"got dict\. Pack it, as a Product does: space\.pack\(\{…\}\)\.$"
+    with pytest.raises(ValueError, match=text):
+        getattr(head, method)(context, SPACE.unpack(z))
+    with pytest.raises(ValueError, match=text):
+        PosteriorModel(None, head).set_scales(context, SPACE.unpack(z))
+    torch.testing.assert_close(head.loss(context, SPACE.pack(SPACE.unpack(z))),
+                               head.loss(context, z))  # fmt: skip
 
 
 def test_labels_of_a_single_column_need_no_axis():

@@ -69,7 +69,7 @@ Positive(size=1, *, clip=0.0)
 Interval(low, high, size=None, *, clip=0.0)
 Circle(*, vector=False)
 Sphere()
-Product(**spaces)
+Product(*unnamed, **spaces)
 PosteriorHead(context, space, flow='spline', *, layers=None, bins=8, hidden=64, coupling=False, \
 dropout=None, warps=0, wait=None, reference=None)
 PosteriorHead.fit_scale(self, z, weight=None, reference=None)

@@ -327,7 +327,7 @@ def test_references_by_name_are_those_of_the_whole_label():
 
 def test_a_subset_of_blocks():
     space, labels = LABELS["sky"]
-    head = perturbed(space, "affine", size=0.2)
+    head = perturbed(space, "affine", size=0.2).eval()
     z = labels(6)
     guess = _near(space, z)[:, 3:]
     given = {"direction": guess}
@@ -349,7 +349,7 @@ def test_a_subset_of_blocks():
 
 def test_references_inside_nested_products():
     space, labels = LABELS["nested"]
-    head = perturbed(space, "affine", size=0.2)
+    head = perturbed(space, "affine", size=0.2).eval()
     z = labels(6)
     reference = _near(space, z)
     by_leaf = {"a.x": reference[:, :2], "a.d": reference[:, 2:5]}
@@ -568,13 +568,22 @@ def with_value(value, column):
         ),
         (
             lambda: PosteriorHead(3, SKY, reference=True).fit_scale(SKY_REFERENCE),
-            "got that of nothing. Pass reference=…",
+            "got that of nothing. Pass reference=… wherever the head is called and to set_scales, "
+            "fit_scale or fit.",
         ),
         (
             lambda: PosteriorHead(3, SKY).fit_scale(SKY_REFERENCE)(
                 CONTEXT.float(), reference=SKY_REFERENCE
             ),
-            "Expected a reference of nothing, as the head was built or scaled",
+            "Expected a reference of nothing, as the head was built or scaled; got that of direc"
+            "tion, energy, vertex. Pass reference=… wherever the head is called and to set_scales, "
+            "fit_scale or fit, or nowhere; head.fit_scale(z, reference=…) scales it anew.",
+        ),
+        (
+            lambda: PosteriorHead(3, SKY, reference=False).fit_scale(
+                SKY_REFERENCE, None, {"direction": SKY_REFERENCE[:, 3:]}
+            ),
+            "got that of direction. Leave it out, or build the head with reference=None.",
         ),
         (
             lambda: PosteriorHead(3, SKY).fit_scale(SKY_REFERENCE, reference=SKY_REFERENCE)(
@@ -834,6 +843,97 @@ def test_weights_carry_which_blocks_have_one():
         fresh(torch.zeros(2, 3), reference=torch.zeros(2, 1))
 
 
+def line(n=200):
+    """Labels beside their references."""
+    guess = 5 * torch.randn(n, 1)
+    return torch.randn(n, 3), guess + 0.1 * torch.randn(n, 1), guess
+
+
+def test_a_loop_without_scales_decides_too(tmp_path):
+    """Labels relative to a reference are learned about it, whoever set the scales."""
+    x, z, guess = line()
+    model = PosteriorModel(None, PosteriorHead(3, Real(), "diagonal"))
+    model.loss(x, z).backward()
+    with torch.no_grad():
+        model.loss(x, z, reference=guess)
+    model.eval()
+    model.loss(x, z, reference=guess)
+    model.train()
+    with pytest.raises(ValueError, match="one reference for each context"):
+        model.loss(x, z, reference=guess[:7])
+    assert referenced(model.head) == []
+    buffer = model.head.referenced
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.loss(x, z, reference=guess).backward()
+        optimizer.step()
+    assert referenced(model.head) == [""]
+    # a copy for each device hands on what is set in place
+    assert model.head.referenced is buffer
+    fp.save(model, tmp_path / "model")
+    fresh = PosteriorHead(3, Real(), "diagonal")
+    fresh.load_state_dict(model.head.state_dict())
+    text = "a reference of the label, as the head was called in training; got that of nothing. Pass"
+    for own in (model, model.eval(), fp.load(tmp_path / "model"), PosteriorModel(None, fresh)):
+        with pytest.raises(ValueError, match=text), torch.no_grad():
+            own.loss(x, z)
+        assert torch.isfinite(own.loss(x, z, reference=guess))
+
+
+def test_a_loop_without_scales_decides_by_name():
+    x, z, guess = problem()
+    for form in (lambda m, r: -m(x, reference=r).log_prob(z).mean(),
+                 lambda m, r: m.loss(x, z, None, torch.ones(N, 4).bool(), reference=r),
+                 lambda m, r: fp.losses.joint_kl(m(x, reference=r), z)):  # fmt: skip
+        model = PosteriorModel(None, PosteriorHead(3, SPACE, "diagonal").double())
+        form(model, {"direction": guess})
+        assert referenced(model.head) == ["direction"]
+        with pytest.raises(ValueError, match=r"called in training; .* Give \{'direction': …\}"):
+            form(model, z)
+        # scaling is the beginning of another training
+        model.set_scales(x, z)
+        assert referenced(model.head) == []
+        assert torch.isfinite(form(model, None))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_loop_decides_too():
+    x, z, guess = line(20)
+    head = PosteriorHead(3, Real(), "diagonal")
+    compiled = torch.compile(head.loss, backend="aot_eager")
+    for _ in range(3):
+        found = compiled(x, z, reference=guess)
+        torch.testing.assert_close(found, head.loss(x, z, reference=guess))
+        found.backward()
+    assert referenced(head) == [""]
+    with pytest.raises(ValueError, match="Expected a reference of the label"):
+        head.loss(x, z)
+
+
+def test_scaling_anew_decides_anew():
+    x, z, guess = line()
+    model = PosteriorModel(None, PosteriorHead(3, Real(), "diagonal")).set_scales(x, z)
+    text = r"of nothing, as .* Pass reference=… .* to set_scales, .* head.fit_scale\(z, reference=…"
+    for call in (model.loss, model.set_scales):
+        with pytest.raises(ValueError, match=text):
+            call(x, z, reference=guess)
+    with pytest.raises(ValueError, match=text):
+        fp.fit(model, {"x": x, "z": z, "reference": guess}, epochs=1, progress=False)
+    wide = model.head.scale.item()
+    model.head.fit_scale(z, reference=guess)
+    assert model.head.scale.item() < 0.1 * wide
+    assert torch.isfinite(model.loss(x, z, reference=guess))
+    # nothing is left to set
+    for again in (model.set_scales(x, z), model.set_scales(x, z, reference=guess)):
+        assert referenced(again.head) == [""]
+    with pytest.raises(ValueError, match="Expected a reference of the label"):
+        model.loss(x, z)
+    model.head.fit_scale(z)
+    assert model.head.scale.item() == wide
+    model.loss(x, z)
+
+
 def test_a_bad_reference_is_named_by_its_own_row():
     x, z = torch.randn(300, 3), torch.rand(300, 1) + 0.1
     guess = z.clone()
@@ -869,7 +969,7 @@ def test_forms_of_names():
     space = Product(a=Product(e=Positive(), d=Sphere()), y=Real())
     nested = {"a": {"e": torch.ones(2), "d": directions(2)}}
     plain = {"a.e": torch.ones(2), "a.d": nested["a"]["d"]}
-    head = PosteriorHead(3, space)
+    head = PosteriorHead(3, space).eval()
     z = head(torch.zeros(2, 3), reference=nested).sample(generator=torch.Generator().manual_seed(0))
     same = head(torch.zeros(2, 3), reference=plain).sample(
         generator=torch.Generator().manual_seed(0)

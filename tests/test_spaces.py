@@ -347,6 +347,14 @@ def test_nonsense_is_refused(build):
         build()
 
 
+@pytest.mark.parametrize("spaces", [(Positive(), Sphere()), ({"energy": Positive()},)])
+def test_blocks_need_names(spaces):
+    text = rf"got {len(spaces)} without one\. Name the blocks: Product\(energy=Positive\(\), direc"
+    with pytest.raises(ValueError, match=text):
+        Product(*spaces, y=Real())
+    assert Product(unnamed=Real()).names == ("unnamed",)
+
+
 def test_interval_size():
     assert Interval(0.0, 1.0, size=3) == Interval([0.0] * 3, [1.0] * 3)
     assert Interval(0.0, [1.0, 2.0]).low == (0.0, 0.0)
@@ -516,3 +524,34 @@ def test_draws_near_the_bounds_of_an_interval_keep_their_quantile(dtype):
     y = torch.linspace(-8, 4, 200, dtype=dtype)[:, None]
     again, _ = space.to_plane(space.from_plane(y, scale)[0], scale)
     torch.testing.assert_close(again, y, rtol=0, atol=3e-3 if dtype is torch.float32 else 1e-9)
+
+
+MASK = "Correct or remove such events, or give missing labels a mask."
+CLIP = "events, give missing labels a mask, or set `clip` where a bound may be touched."
+FIRST = "Correct or remove such events: a missing {} cannot be masked while other labels are known."
+
+
+@pytest.mark.parametrize(
+    ("space", "label", "text"),
+    [
+        (Product(e=Positive(), d=Sphere()), [1.0, math.nan, 0, 1], FIRST.format("direction")),
+        (Product(e=Positive(), phi=Circle()), [1.0, math.inf], FIRST.format("angle")),
+        (Product(d=Sphere(), phi=Circle()), [0.0, 0, 1, math.nan], MASK),
+        (Sphere(), [0.0, 0, math.nan], MASK),
+        (Product(e=Positive(), d=Sphere()), [math.nan, 0, 0, 1], MASK),
+        (Interval(0.0, 1.0), [math.nan], MASK),
+        (Interval(0.0, 1.0), [1.0], CLIP),
+        (Positive(2), [1.0, 0.0], CLIP),
+        (Real(2), [1.0, math.nan], MASK),
+    ],
+    ids=str,
+)
+def test_remedies_that_apply(space, label, text):
+    """A mask where it would be taken, and a margin where it would help."""
+    z = torch.tensor([label])
+    for batch in (z, z[0]):
+        with pytest.raises(ValueError, match=re.escape(text) + "$") as caught:
+            space.validate(batch)
+        assert (" in labels, row 0, column " if batch.ndim > 1 else " in labels, column ") in str(
+            caught.value
+        )

@@ -40,10 +40,6 @@ __all__ = [
 
 
 _GUESS = "Every event needs a first guess: give those without one a plain one, such as the mean."
-_CORRECT = (
-    "Correct or remove such events, give a missing column a mask, or set `clip` where a bound may "
-    "be touched."
-)
 
 
 class Scale(NamedTuple):
@@ -325,13 +321,14 @@ class Space(ABC):
     def _refuse(self, z: Tensor, inside: Tensor, name: str) -> None:
         bad = (~inside).nonzero()
         *rows, column = (int(i) for i in bad[0])
-        where = f"row {', '.join(map(str, rows))}, column {self.names[column]!r}"
+        where = f"row {', '.join(map(str, rows))}, " if rows else ""
+        where += f"column {self.names[column]!r}"
         leaf = next(b for b in self.blocks if b.columns.start <= column < b.columns.stop)
         value = z[(*rows, column)].item()
         finite = math.isfinite(value)
         remedy = leaf.space._remedy() if finite else ""
         if not remedy:
-            remedy = _GUESS if name.startswith("reference") else _CORRECT
+            remedy = _GUESS if name.startswith("reference") else self._correction(leaf, finite)
         need = leaf.space._requirement() if finite else "finite labels"
         found = (
             leaf.space._describe(z[tuple(rows)][leaf.columns], value) if finite else f"{value:g}"
@@ -340,6 +337,21 @@ class Space(ABC):
             f"Expected {need}; got {found} in {name}, {where} ({int((~inside).any(-1).sum())} such "
             f"of {inside[..., 0].numel()} events). {remedy}"
         )
+
+    def _correction(self, leaf: Block, finite: bool) -> str:
+        """What to do about events with a refused label of a leaf, for errors."""
+        if leaf.space.compact and leaf != self.blocks[-1]:
+            what = "direction" if leaf.space.directional else "angle"
+            return (
+                f"Correct or remove such events: a missing {what} cannot be masked while other "
+                "labels are known."
+            )
+        if finite and hasattr(leaf.space, "clip"):
+            return (
+                "Correct or remove such events, give missing labels a mask, or set `clip` where "
+                "a bound may be touched."
+            )
+        return "Correct or remove such events, or give missing labels a mask."
 
     def _describe(self, z: Tensor, value: float) -> str:
         """What a refused label is, for errors, where one of its columns has the value."""

@@ -23,6 +23,9 @@ class Product(Space):
     Arguments:
         spaces: A space for each name; products may be nested.
 
+    Raises:
+        ValueError: If a space has no name, there is none, or one is no space.
+
     Example:
         >>> from flowpost.spaces import Positive, Real
         >>> space = Product(energy=Positive(), vertex=Real(3))
@@ -33,7 +36,12 @@ class Product(Space):
         (torch.Size([2, 4]), torch.Size([2]))
     """
 
-    def __init__(self, **spaces: Space) -> None:
+    def __init__(self, *unnamed: NoReturn, **spaces: Space) -> None:
+        if unnamed:
+            raise ValueError(
+                f"Expected a name for each space; got {len(unnamed)} without one. Name the blocks: "
+                "Product(energy=Positive(), direction=Sphere())."
+            )
         if not spaces:
             raise ValueError("Expected at least one named space; got none. Try Product(z=Real(1)).")
         for name, space in spaces.items():
