@@ -50,7 +50,7 @@ class PosteriorHead(nn.Module):
         dropout: Share of conditioner units dropped in training mode, once per event; where it is
             None, `flowpost.fit` drops a tenth and a loop of your own none.
         warps: Zonal warps of each `Sphere`, for densities with fine structure all over the sky
-            (some 32 where there is no context); a posterior around one direction needs none.
+            (32 to 64 where there is no context); a posterior around one direction needs none.
         wait: Training steps for which the splines of a `Circle` or `Sphere` wait for the location,
             to grow in as many more; where it is None, `flowpost.fit` has them wait a tenth of its
             steps and a loop of your own 300. Give a longer one a tenth of its steps.
