@@ -13,7 +13,8 @@ export MPLBACKEND := Agg
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/python examples/replace_mse_head.py --out demo
+	# small networks gain nothing from threads, which wait for one another beside another job
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python examples/replace_mse_head.py --out demo
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --cov=flowpost --cov-report=term:skip-covered --cov-fail-under=90
